@@ -1,0 +1,156 @@
+/* The platform differences themselves: everything here has a Linux side and a portable side. */
+#define _GNU_SOURCE 1
+#define __APPLE_USE_RFC_3542 1
+
+#include "platform.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#if defined(__linux__) && !defined(FDP_FORCE_FALLBACK)
+#define FDP_LINUX 1
+#else
+#define FDP_LINUX 0
+#endif
+
+static int cloexec(int fd) {
+    int flags = fcntl(fd, F_GETFD);
+    if (flags < 0 || fcntl(fd, F_SETFD, flags | FD_CLOEXEC) < 0)
+        return -errno;
+    return 0;
+}
+
+int plat_option(int fd, int name, int *value) {
+    socklen_t size = sizeof *value;
+    return getsockopt(fd, SOL_SOCKET, name, value, &size) < 0 ? -errno : 0;
+}
+
+#if FDP_LINUX
+
+int plat_recv_flags(void) { return MSG_CMSG_CLOEXEC; }
+
+int plat_born(int fd) {
+    (void)fd;
+    return 0;
+}
+
+int plat_pair(int type, int *ends) {
+    return socketpair(AF_UNIX, type | SOCK_CLOEXEC, 0, ends) < 0 ? -errno : 0;
+}
+
+int plat_ask_credentials(int sock) {
+    int on = 1;
+    return setsockopt(sock, SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0 ? -errno : 0;
+}
+
+int plat_read_credentials(const struct cmsghdr *control, fdp_message *message) {
+    struct ucred sender;
+    if (control->cmsg_type != SCM_CREDENTIALS || control->cmsg_len < CMSG_LEN(sizeof sender))
+        return 0;
+    memcpy(&sender, CMSG_DATA(control), sizeof sender);
+    message->has_credentials = 1;
+    message->pid = sender.pid;
+    message->uid = sender.uid;
+    message->gid = sender.gid;
+    return 1;
+}
+
+void plat_peer_credentials(int sock, fdp_message *message) {
+    (void)sock;
+    (void)message;
+}
+
+int plat_stray_descriptor(const struct cmsghdr *control) {
+    int fd = -1;
+    /* SCM_PIDFD, 0x04: arrives when somebody set SO_PASSPIDFD; unread it would leak one pidfd per message. */
+    if (control->cmsg_type == 0x04 && control->cmsg_len >= CMSG_LEN(sizeof fd))
+        memcpy(&fd, CMSG_DATA(control), sizeof fd);
+    return fd;
+}
+
+int plat_probe(int fd, fdp_socket_info *info) {
+    int result = plat_option(fd, SO_DOMAIN, &info->family);
+    return result < 0 ? result : plat_option(fd, SO_PROTOCOL, &info->protocol);
+}
+
+#else
+
+int plat_recv_flags(void) { return 0; }
+
+int plat_born(int fd) { return cloexec(fd); }
+
+int plat_pair(int type, int *ends) {
+    int result;
+    if (socketpair(AF_UNIX, type, 0, ends) < 0)
+        return -errno;
+    if ((result = cloexec(ends[0])) < 0 || (result = cloexec(ends[1])) < 0) {
+        close(ends[0]);
+        close(ends[1]);
+        return result;
+    }
+    return 0;
+}
+
+int plat_ask_credentials(int sock) {
+    (void)sock;
+    return 0;
+}
+
+int plat_read_credentials(const struct cmsghdr *control, fdp_message *message) {
+    (void)control;
+    (void)message;
+    return 0;
+}
+
+void plat_peer_credentials(int sock, fdp_message *message) {
+#if defined(__linux__)
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
+        return;
+    message->pid = peer.pid;
+    message->uid = peer.uid;
+    message->gid = peer.gid;
+#else
+    uid_t uid;
+    gid_t gid;
+    if (getpeereid(sock, &uid, &gid) < 0)
+        return;
+    message->pid = 0;
+    message->uid = uid;
+    message->gid = gid;
+#endif
+    message->has_credentials = 1;
+}
+
+int plat_stray_descriptor(const struct cmsghdr *control) {
+    (void)control;
+    return -1;
+}
+
+int plat_probe(int fd, fdp_socket_info *info) {
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    if (getsockname(fd, (struct sockaddr *)&name, &size) < 0)
+        return -errno;
+    info->family = name.ss_family;
+    info->protocol = 0;
+    return 0;
+}
+
+#endif
+
+int plat_address(const void *name, size_t size, char *out) {
+    const struct sockaddr_un *address = name;
+    size_t head = offsetof(struct sockaddr_un, sun_path);
+    if (size <= head || address->sun_family != AF_UNIX)
+        return 0;
+    size -= head;
+    if (size > sizeof address->sun_path)
+        size = sizeof address->sun_path;
+    memcpy(out, address->sun_path, size);
+    return (int)size;
+}

@@ -1,0 +1,50 @@
+/* What differs between Linux, macOS and FreeBSD, as small functions with one meaning everywhere.
+ * The rest of the C has no #ifdef. -DFDP_FORCE_FALLBACK compiles the portable side on Linux, so that tests cover it. */
+#ifndef FDPASS_PLATFORM_H
+#define FDPASS_PLATFORM_H
+
+#include "fdpass_native.h"
+
+#include <sys/socket.h>
+
+/* Flags for recvmsg that make descriptors close-on-exec at birth, 0 where the system has none.
+ * Ownership: none. */
+int plat_recv_flags(void);
+
+/* Makes an arrived descriptor close-on-exec where plat_recv_flags could not.
+ * Ownership: borrows fd. */
+int plat_born(int fd);
+
+/* socketpair, both ends close-on-exec.
+ * Ownership: on success ends[0] and ends[1] are the caller's; on failure none is open. */
+int plat_pair(int type, int *ends);
+
+/* Asks for credentials with every message.
+ * Ownership: borrows sock. */
+int plat_ask_credentials(int sock);
+
+/* Fills message's credentials if this control message carries them; returns 1 when it did.
+ * Ownership: none. */
+int plat_read_credentials(const struct cmsghdr *control, fdp_message *message);
+
+/* Fills message's credentials from the connection where messages carry none (macOS, forced fallback).
+ * Ownership: borrows sock. */
+void plat_peer_credentials(int sock, fdp_message *message);
+
+/* The descriptor inside a control message that nobody asked for (SCM_PIDFD), or -1.
+ * Ownership: the descriptor returned is the caller's to close. */
+int plat_stray_descriptor(const struct cmsghdr *control);
+
+/* One integer option of level SOL_SOCKET.
+ * Ownership: borrows fd. */
+int plat_option(int fd, int name, int *value);
+
+/* Family and protocol of a socket.
+ * Ownership: borrows fd. */
+int plat_probe(int fd, fdp_socket_info *info);
+
+/* The name of a sender, without the family; returns its length.
+ * Ownership: none. */
+int plat_address(const void *name, size_t size, char *out);
+
+#endif
