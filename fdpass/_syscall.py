@@ -1,0 +1,231 @@
+"""The one door to C. A return code becomes an exception here, EINTR is retried here, and waiting happens here.
+
+Numbers in, numbers out: this file knows neither owners nor messages.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NoReturn
+
+try:
+    from fdpass._native import ffi, lib
+except ImportError as error:
+    if os.name == "nt":
+        raise ImportError("fdpass needs descriptors in control messages (SCM_RIGHTS), which Windows does not have.") from error
+    raise
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Callable, Sequence
+
+# Numbers from <sys/socket.h>, without the enum machinery of the socket module's attributes.
+from _socket import AF_UNIX, MSG_DONTWAIT, SOCK_STREAM
+
+MAX_FDS: int = lib.FDP_MAX_FDS
+FIRST_FD: int = lib.FDP_FIRST_FD
+#: 64 KiB is the largest read that reuses a buffer; beyond it one is allocated for the call.
+POOLED = 1 << 16
+
+_EINTR, _EAGAIN = -errno.EINTR, -errno.EAGAIN
+_lib_wait = lib.fdp_wait
+_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
+
+
+def fail(code: int, what: str) -> NoReturn:
+    """Raises the OSError for a negative return code; `what` says what was attempted."""
+    raise OSError(-code, f"{os.strerror(-code)} ({what})")
+
+
+def wait(fd: int, writing: bool, deadline: float | None, what: str) -> None:
+    """Waits with poll(2) until fd is ready. deadline: time.monotonic() seconds, None for ever. Raises TimeoutError, OSError."""
+    while True:
+        # Rounded up: a wait that ends a fraction too early would spin until the deadline.
+        milliseconds = -1 if deadline is None else min(max(0, int((deadline - monotonic()) * 1000 + 0.999)), 0x7FFFFFFF)
+        ready = _lib_wait(fd, writing, milliseconds)
+        if ready > 0:
+            return
+        if ready == 0 and deadline is not None:
+            if monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"timed out ({what})")
+        elif ready != _EINTR:
+            fail(ready, what)
+
+
+#: Places of fdp_message's fields in Scratch.ints.
+PLAIN, FIRST = ffi.offsetof("fdp_message", "plain") // 4, ffi.offsetof("fdp_message", "fds") // 4
+
+
+class Scratch:
+    """What one receive needs in memory, reused. Whoever drops it unread closes what it still holds.
+
+    A number leaves `message` in bytecodes that have no call between them: there CPython neither runs a signal handler nor
+    switches threads, so a Ctrl-C cannot lose a descriptor, nor close one twice.
+    """
+
+    __slots__ = ("buffer", "ints", "message", "view")
+
+    def __init__(self) -> None:
+        self.message: Any = ffi.gc(ffi.new("fdp_message *"), lib.fdp_message_close)
+        #: The same struct as ints, through Python's own memoryview: half the price of cffi's attributes.
+        self.ints = memoryview(ffi.buffer(self.message)).cast("i")
+        self.buffer: Any = _uncleared("char[]", POOLED)
+        self.view: Any = ffi.buffer(self.buffer)
+
+
+#: pool.pop() or Scratch() borrows one, pool.append() returns it once its descriptors were taken or closed. A signal handler or
+#: another thread in the middle of ours gets one of its own, so there are never more than receives were under way at once.
+pool: list[Scratch] = []
+
+
+def close_message(message: Any) -> None:
+    """Closes what has not been taken."""
+    lib.fdp_message_close(message)
+
+
+def numbers(message: Any) -> list[int]:
+    """The numbers in a message, as a list; they still belong to the message."""
+    found: list[int] = ffi.unpack(message.fds, message.nfds)
+    return found
+
+
+#: One sendmsg or recvmsg, nothing else: a count or -errno. A negative one goes to settle() with the call to repeat.
+send_once, send_one_once, recv_once = lib.fdp_send, lib.fdp_send_one, lib.fdp_recv
+
+
+def settle(code: int, again: Callable[[], int], fd: int, writing: bool, flags: int, timeout: float | None, what: str) -> int:
+    """Turns the result of a first try into a count, by waiting and trying again where that is due.
+
+    EINTR: Python's signal handlers have run by now, so again. EAGAIN: waits, except with timeout 0 or the caller's own
+    MSG_DONTWAIT. timeout: seconds; 0 does not wait, None waits for ever. Raises OSError, TimeoutError, BlockingIOError.
+    """
+    deadline = monotonic() + timeout if timeout else None
+    while code < 0:
+        # timeout None and yet EAGAIN: another holder made the shared description non-blocking.
+        if code == _EAGAIN and timeout != 0 and (timeout is not None or not flags & MSG_DONTWAIT):
+            wait(fd, writing, deadline, what)
+        elif code != _EINTR:
+            fail(code, what)
+        code = again()
+    return code
+
+
+def send(fd: int, data: Any, fds: Sequence[int], flags: int, timeout: float | None, what: str) -> int:
+    """One message. Returns the bytes that went (possibly fewer than given: the descriptors have gone with the first of them)."""
+    per_call = flags if timeout is None else flags | MSG_DONTWAIT
+    code: int = send_once(fd, data, len(data), fds, len(fds), per_call)
+    if code < 0:
+        return settle(code, partial(send_once, fd, data, len(data), fds, len(fds), per_call), fd, True, flags, timeout, what)
+    return code
+
+
+def recv(fd: int, buffer: Any, size: int, message: Any, flags: int, timeout: float | None, what: str) -> int:
+    """One message into buffer and message. Returns the bytes that came, 0 at the end."""
+    per_call = flags if timeout is None else flags | MSG_DONTWAIT
+    code: int = recv_once(fd, buffer, size, per_call, message)
+    if code < 0:
+        return settle(code, partial(recv_once, fd, buffer, size, per_call, message), fd, False, flags, timeout, what)
+    return code
+
+
+def buffer_of(size: int) -> Any:
+    """An uninitialised char[size]."""
+    return _uncleared("char[]", size)
+
+
+def as_memory(data: Any) -> Any:
+    """A C pointer to the bytes of any contiguous buffer, without a copy."""
+    return ffi.from_buffer(data)
+
+
+def release(memory: Any) -> None:
+    """Gives back what as_memory holds, so that the buffer may be resized again."""
+    ffi.release(memory)
+
+
+def as_ints(numbers: array[int]) -> Any:
+    """An array("i") as a C array of int, without a copy."""
+    return ffi.from_buffer("int[]", numbers)
+
+
+def unpack(buffer: Any, size: int) -> bytes:
+    """The first size bytes of a char[]."""
+    return bytes(ffi.buffer(buffer, size))
+
+
+def address_of(message: Any) -> str | bytes | None:
+    """The sender's name as socket.recvmsg gives it: text for a path, bytes for an abstract name, None without one."""
+    size = message.address_size
+    if not size:
+        return None
+    raw = bytes(ffi.buffer(message.address, size))
+    return raw if raw[0] == 0 else os.fsdecode(raw.split(b"\0", 1)[0])
+
+
+def dup(fd: int) -> int:
+    """A close-on-exec duplicate, numbered 3 or higher. Raises OSError."""
+    copy: int = lib.fdp_dup(fd)
+    if copy < 0:
+        fail(copy, f"duplicating descriptor {fd}")
+    return copy
+
+
+def adopt(fd: int) -> int:
+    """Makes fd close-on-exec and numbered 3 or higher; returns its number. Raises OSError, fd is then unchanged."""
+    number: int = lib.fdp_adopt(fd)
+    if number < 0:
+        fail(number, f"taking over descriptor {fd}")
+    return number
+
+
+def pair(kind: int) -> tuple[int, int]:
+    """A connected pair of AF_UNIX sockets that ask for credentials. Raises OSError."""
+    ends = ffi.new("int[2]")
+    code = lib.fdp_pair(kind, ends)
+    if code < 0:
+        fail(code, "making a socket pair")
+    return ends[0], ends[1]
+
+
+def ask_credentials(fd: int) -> None:
+    """SO_PASSCRED. Raises OSError."""
+    code = lib.fdp_ask_credentials(fd)
+    if code < 0:
+        fail(code, f"asking for credentials on descriptor {fd}")
+
+
+def probe(fd: int) -> Any:
+    """The fdp_socket_info of a socket (family, type, protocol, listening, nonblocking), None when fd is no socket. Raises OSError."""
+    info = ffi.new("fdp_socket_info *")
+    code = lib.fdp_socket_probe(fd, info)
+    if code == -errno.ENOTSOCK:
+        return None
+    if code < 0:
+        fail(code, f"asking what descriptor {fd} is")
+    return info
+
+
+def is_unix_stream(fd: int) -> bool:
+    """Whether fd is an AF_UNIX stream socket. Raises OSError."""
+    info = probe(fd)
+    return info is not None and info.family == AF_UNIX and info.type == SOCK_STREAM
+
+
+def watch_start(pidfd: int, channel: int, grace: float) -> None:
+    """Ends this process when the supervisor ends: see fdp_watch_start. grace: seconds. Raises OSError."""
+    code = lib.fdp_watch_start(pidfd, channel, int(grace * 1000))
+    if code < 0:
+        fail(code, "starting the watch on the supervisor")
+
+
+def watch_stop(in_child: bool = False) -> None:
+    """Ends the watch; in a forked child forgets the parent's."""
+    lib.fdp_watch_stop(in_child)
+
+
+def forced() -> frozenset[str]:
+    """Fallbacks that FDPASS_FORCE asks for, so that tests cover them on a system that has the real thing."""
+    return frozenset(filter(None, os.environ.get("FDPASS_FORCE", "").split(",")))
