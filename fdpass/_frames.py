@@ -1,0 +1,69 @@
+"""The wire format: bytes to frames and back. Pure: it never sees a socket, a descriptor or a pickle.
+
+A frame is a header of 16 bytes, one filler byte for every further batch of descriptors, and the payload.
+The first 252 descriptors ride on the header's first byte, each further batch of 252 on a filler byte of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from struct import Struct
+from typing import NamedTuple
+
+from fdpass.errors import ProtocolError
+
+#: magic, version, kind, number of descriptors, payload bytes; network byte order.
+_HEADER = Struct("!2sBBIQ")
+_pack, _unpack = _HEADER.pack, _HEADER.unpack
+HEADER_SIZE = _HEADER.size
+MAGIC, VERSION = b"fd", 1
+
+#: A payload is plain bytes, or a pickle.
+DATA, OBJECT = 0, 1
+
+#: Descriptors in one sendmsg: Linux takes 253, others 252.
+BATCH = 252
+
+#: What an end accepts, and sends, unless told otherwise.
+MAX_SIZE, MAX_FDS = 1 << 30, 16384
+
+
+class Header(NamedTuple):
+    """kind: DATA or OBJECT. fds: descriptors in the whole frame. size: payload bytes. fillers: bytes between header and payload."""
+
+    kind: int
+    fds: int
+    size: int
+    fillers: int
+
+
+def encode(kind: int, size: int, fds: int) -> bytes:
+    """The header of a frame, 16 bytes."""
+    return _pack(MAGIC, VERSION, kind, fds, size)
+
+
+def decode(raw: bytes | bytearray, max_size: int, max_fds: int) -> Header:
+    """Reads a header, before anything is allocated for what it announces. Raises ProtocolError."""
+    magic, version, kind, fds, size = _unpack(raw)
+    if magic != MAGIC:
+        raise ProtocolError(f"not a frame: it starts with {magic!r} instead of {MAGIC!r}")
+    if version != VERSION:
+        raise ProtocolError(f"the peer speaks version {version} of the wire format, this side version {VERSION}")
+    if kind not in (DATA, OBJECT):
+        raise ProtocolError(f"a frame of unknown kind {kind}")
+    if size > max_size:
+        raise ProtocolError(f"a frame announces a payload of {size} bytes; this end takes {max_size} at most")
+    if fds > max_fds:
+        raise ProtocolError(f"a frame announces {fds} descriptors; this end takes {max_fds} at most")
+    return Header(kind, fds, size, fillers(fds))
+
+
+def fillers(fds: int) -> int:
+    """How many filler bytes a frame with so many descriptors has."""
+    return (fds - 1) // BATCH if fds else 0
+
+
+def batches(fds: int) -> Iterator[slice]:
+    """Which descriptors ride together: the first slice on the header, one for each filler byte."""
+    for start in range(0, fds, BATCH):
+        yield slice(start, min(start + BATCH, fds))
