@@ -1,0 +1,59 @@
+"""The load board: one mapped page that a group's workers write and their supervisor reads. A line has one writer, so no lock.
+
+A cache line of 64 bytes for each worker, of 8-byte words; aligned, so that a store is seen whole or not at all.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+
+from fdpass.fds import OwnedFd
+
+WORDS = 8
+LINE = WORDS * 8
+#: Words of a line.
+OPEN, ACCEPTED, HEARTBEAT, GENERATION = range(4)
+
+
+class Board:
+    """The page, mapped. One line per worker; Board.create makes one, Board(owned) maps one that arrived (consumes owned)."""
+
+    def __init__(self, owned: OwnedFd) -> None:
+        self.fd = owned
+        try:
+            self._map = mmap.mmap(owned.fileno(), 0)
+        except BaseException:
+            owned.close()
+            raise
+        self._words = memoryview(self._map).cast("q")
+
+    @classmethod
+    def create(cls, workers: int) -> Board:
+        """A new page, all zero. Raises OSError."""
+        size = -(-workers * LINE // mmap.PAGESIZE) * mmap.PAGESIZE
+        if hasattr(os, "memfd_create"):
+            owned = OwnedFd(os.memfd_create("fdpass-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        else:
+            with tempfile.TemporaryFile() as file:
+                owned = OwnedFd(os.dup(file.fileno()))
+        try:
+            os.ftruncate(owned.fileno(), size)
+            if hasattr(os, "memfd_create"):
+                import fcntl
+
+                # A worker that shrank the page would kill its supervisor with SIGBUS.
+                fcntl.fcntl(owned.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            owned.close()
+            raise
+        return cls(owned)
+
+    def line(self, index: int) -> memoryview:
+        """The words of one worker."""
+        return self._words[index * WORDS : (index + 1) * WORDS]
+
+    def close(self) -> None:
+        """Closes the descriptor; the mapping goes with the last line that is held."""
+        self.fd.close()

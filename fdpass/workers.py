@@ -1,0 +1,745 @@
+"""WorkerGroup: start, watch, restart, drain and stop the workers of one port. How they share it is the strategy's affair.
+
+One thread of the supervisor does all the watching; every change of a group's state happens in it, under one lock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing import process as mp_process
+from time import monotonic, monotonic_ns
+from typing import TYPE_CHECKING, Any
+
+from fdpass import _syscall, strategies
+from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, Board
+from fdpass.ancillary import why_no_passing
+from fdpass.channel import Channel, Pipe
+from fdpass.endpoint import Endpoint, listen
+from fdpass.errors import ClosedError, FdPassError, WorkerDied
+from fdpass.fds import OwnedFd
+from fdpass.start import METHODS, OWN_THREADS, get_context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from multiprocessing.process import BaseProcess
+    from types import FrameType, TracebackType
+    from typing import Self
+
+    from fdpass.listener import Listener
+
+RESTARTS = ("never", "on-failure")
+#: More successors than this in this many seconds, and the group gives up: a kill every half second makes ten.
+RESTART_LIMIT, RESTART_WINDOW = 30, 5.0
+#: Successors in a row, of one index, that ended before they were ready; the wait before the next doubles, in seconds.
+NEVER_READY_LIMIT, BACKOFF, BACKOFF_MAX = 5, 0.1, 5.0
+#: How long a worker outlives its supervisor, in seconds.
+GRACE = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """One worker as the supervisor sees it.
+
+    index, name, pid: who. state: starting, ready, stopping or ended. exitcode: of the last process that ended, else None.
+    accepted: connections since the group started, over all generations. open: connections that it holds now. restarts: successors so far.
+    heartbeat: seconds since it last accepted or went to wait, None before the first time.
+    """
+
+    index: int
+    name: str
+    pid: int
+    state: str
+    exitcode: int | None
+    accepted: int
+    open: int
+    restarts: int
+    heartbeat: float | None
+
+
+# -- the supervisor's side ---------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """One index of the group: its present process, its end of the control channel, and what happened before."""
+
+    def __init__(self, index: int, name: str) -> None:
+        self.index, self.name = index, name
+        self.state = "ended"
+        self.process: BaseProcess | None = None
+        self.channel: Channel | None = None
+        self.pidfd: OwnedFd | None = None
+        self.pid = 0
+        self.exitcode: int | None = None
+        self.restarts = 0
+        self.unready = 0  # successors in a row that were never ready
+        self.was_ready = False
+        self.deadline: float | None = None  # by when it must be ready
+        self.due: float | None = None  # when its successor starts
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None
+
+    def release(self) -> None:
+        for item in (self.channel, self.pidfd):
+            if item is not None:
+                item.close()
+        self.channel = self.pidfd = None
+
+
+class WorkerGroup:
+    """k processes that serve one address; a context manager that starts them and, at its end, stops them.
+
+    target:       called in each worker as target(listener, *args); importable, as multiprocessing wants it under spawn.
+    address:      text for listen(), or the Endpoint it returned, which the group takes over.
+    workers:      how many, at least 1.
+    strategy:     "shared" (order= "rotate", the default, or "first"), "reuseport", "reuseport-bare", or "auto": shared where
+                  descriptors can be passed, else reuseport-bare with a RuntimeWarning that says why.
+    restart:      "never": a worker that fails makes wait() raise; "on-failure": a successor takes its index and its listener.
+    args, args_for: arguments for every worker, or args_for(index) -> tuple for each its own.
+    start_method: fork, spawn, forkserver, or None for get_context()'s choice.
+    backlog:      connections that may wait, capped by net.core.somaxconn; with several sockets, on each.
+    start_timeout, stop_timeout: seconds for all to become ready, and to end when the with block does.
+
+    The constructor binds (clients are refused until start()). Raises TypeError, ValueError, RuntimeError when __main__ is only
+    being imported by a child, OSError from bind(2).
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., Any],
+        address: str | Endpoint,
+        workers: int = 1,
+        strategy: str = "shared",
+        restart: str = "never",
+        args: Iterable[Any] = (),
+        args_for: Callable[[int], Iterable[Any]] | None = None,
+        name: str = "worker",
+        start_method: str | None = "spawn",
+        *,
+        order: str | None = None,
+        backlog: int = 4096,
+        start_timeout: float = 60.0,
+        stop_timeout: float = 10.0,
+    ) -> None:
+        self._state = "new"
+        # Before the bind: a child that imports an unguarded __main__ would otherwise bind, or fail to, before it is told what is wrong.
+        if getattr(mp_process.current_process(), "_inheriting", False):
+            raise RuntimeError(
+                "a WorkerGroup was made while a started worker was importing the main module: "
+                "put the code that makes it under  if __name__ == '__main__':"
+            )
+        if not callable(target):
+            raise TypeError(f"target is a function of (listener, *args), not {type(target).__name__}")
+        if not isinstance(workers, int) or isinstance(workers, bool):
+            raise TypeError(f"workers is a number (int), not {type(workers).__name__}")
+        if workers < 1:
+            raise ValueError(f"workers is at least 1, not {workers}")
+        if restart not in RESTARTS:
+            raise ValueError(f"restart {restart!r} is none of {', '.join(RESTARTS)}")
+        if start_method is not None and start_method not in METHODS:
+            raise ValueError(f"start_method {start_method!r} is none of {', '.join(METHODS)}")
+        if args_for is not None and tuple(args):
+            raise ValueError("args and args_for exclude each other")
+        if backlog < 1:
+            raise ValueError(f"backlog is at least 1, not {backlog}")
+        if min(start_timeout, stop_timeout) < 0:
+            raise ValueError(f"start_timeout and stop_timeout are 0 or more seconds, not {start_timeout} and {stop_timeout}")
+        if not isinstance(address, (str, Endpoint)):
+            raise TypeError(f"address is text or an Endpoint of listen(), not {type(address).__name__}")
+        self._strategy = strategies.choose(strategy, order)
+        self._target, self._args, self._args_for, self._name = target, tuple(args), args_for, name
+        self._restart, self._start_method = restart, start_method
+        self._start_timeout, self._stop_timeout = start_timeout, stop_timeout
+        self._workers = [_Worker(index, f"{name}-{index}") for index in range(workers)]
+        self._pid = os.getpid()
+        self._changed = threading.Condition(threading.RLock())
+        self._failure: WorkerDied | None = None
+        self._started_at: deque[float] = deque(maxlen=RESTART_LIMIT)
+        self._stop_by: float | None = None
+        self._thread: threading.Thread | None = None
+        self._board: Board | None = None
+        self._self_pidfd: OwnedFd | None = None
+        self._wake: tuple[OwnedFd, OwnedFd] | None = None
+        self._over: tuple[OwnedFd, OwnedFd] | None = None
+        self._endpoint = address if isinstance(address, Endpoint) else listen(address)
+        try:
+            self._strategy.bind(self._endpoint, workers, backlog)
+        except BaseException:
+            self._endpoint.close()
+            raise
+
+    # -- what users call -------------------------------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """What the group serves; str() is its text, with the port that was bound."""
+        return self._endpoint
+
+    def start(self) -> None:
+        """Listens, starts every worker and returns when all are ready.
+
+        Raises WorkerDied when one ends before it is ready, TimeoutError after start_timeout seconds; then no process and no
+        socket of the group is left. RuntimeError when the group was started before.
+        """
+        if self._state != "new":
+            raise RuntimeError(f"a group starts once; this one is {self._state}")
+        deadline = monotonic() + self._start_timeout
+        try:
+            self._state = "starting"
+            self._open()
+            self._strategy.listen()
+            _live.add(self)
+            for worker in self._workers:
+                self._launch(worker, deadline)
+            self._thread = threading.Thread(target=self._supervise, name=f"{OWN_THREADS}supervisor-{self._name}", daemon=True)
+            self._thread.start()
+            with self._changed:
+                while self._failure is None and any(worker.state == "starting" for worker in self._workers):
+                    if not self._changed.wait(max(0.0, deadline - monotonic())) and monotonic() >= deadline:
+                        late = [worker.name for worker in self._workers if worker.state == "starting"]
+                        raise TimeoutError(f"{', '.join(late)} not ready {self._start_timeout} s after the start")
+                if self._failure is not None:
+                    raise self._failure
+                self._state = "running"
+        except BaseException:
+            self._end_now()
+            raise
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when every worker has ended by itself with exit status 0, or the group was stopped.
+
+        timeout: seconds, None waits for ever. Raises WorkerDied with name, pid and exit status or signal for the first failure
+        that gets no successor, TimeoutError.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        with self._changed:
+            self._demand_started()
+            while self._failure is None and self._state not in ("ended", "stopped"):
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"the group {self._name} still runs after {timeout} s")
+                self._changed.wait(left)
+            if self._failure is not None and self._state != "stopped":
+                raise self._failure
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Drains, sends SIGTERM, and SIGKILL to whatever still runs after timeout seconds (None: stop_timeout); returns when all ended.
+
+        The listening sockets are closed and a unix: file removed. Again, or in a forked child, does nothing.
+        """
+        if self._pid != os.getpid() or self._state in ("stopped", "new"):
+            if self._state == "new":
+                self._close()
+            return
+        limit = self._stop_timeout if timeout is None else timeout
+        try:
+            with self._changed:
+                by = monotonic() + limit
+                self._stop_by = by if self._stop_by is None else min(by, self._stop_by)
+            self._poke()
+            if self._thread is not None:
+                self._thread.join()
+        except BaseException:
+            self._end_now()
+            raise
+        self._close()
+
+    def stats(self) -> list[WorkerStats]:
+        """One line per worker, read from the board without asking the workers."""
+        with self._changed:
+            found = []
+            for worker in self._workers:
+                line: Any = self._board.line(worker.index) if self._board is not None else [0] * 4
+                age = (monotonic_ns() - line[HEARTBEAT]) / 1e9 if line[HEARTBEAT] else None
+                who = (worker.index, worker.name, worker.pid, worker.state, worker.exitcode)
+                found.append(WorkerStats(*who, line[ACCEPTED], line[OPEN], worker.restarts, age))
+            return found
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when the group fails or ends; for select and poll. -1 before start() and after stop()."""
+        return -1 if self._over is None else self._over[0].fileno()
+
+    def __enter__(self) -> Self:
+        if self._state == "new":
+            self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<WorkerGroup {self._name} x{len(self._workers)} {self._strategy.name} on {self._endpoint}, {self._state}>"
+
+    # -- start -----------------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        self._board = Board.create(len(self._workers))
+        if hasattr(os, "pidfd_open"):
+            self._self_pidfd = OwnedFd(os.pidfd_open(os.getpid()))
+        self._wake = _pipe()
+        self._over = _pipe()
+        # The fallback strategy must start where no descriptor can be passed: its workers then count for themselves and report.
+        self._passing = self._strategy.passes or why_no_passing() is None
+
+    def _launch(self, worker: _Worker, ready_by: float) -> None:
+        """Starts the process of one index. On failure nothing of it is left."""
+        assert self._board is not None
+        ours, theirs = Pipe()
+        try:
+            with theirs:
+                share = self._strategy.share(worker.index)
+                line = self._board.line(worker.index)
+                line[OPEN], line[HEARTBEAT] = 0, 0
+                line[GENERATION] += 1
+                if self._passing:
+                    share.update(board=self._board.fd, pidfd=self._self_pidfd)
+                share.update(supervisor=self._pid)
+                # It waits in the socket pair until the worker reads it, so a slow start keeps nobody waiting here.
+                ours.send(share)
+                args = tuple(self._args_for(worker.index)) if self._args_for is not None else self._args
+                process = get_context(self._start_method).Process(
+                    target=_work, args=(theirs, self._target, args), name=worker.name, daemon=False
+                )
+                # Known before the start, so that a forked child closes our end along with the group's other descriptors.
+                worker.channel = ours
+                with _interrupt_held():
+                    process.start()
+            pid = process.pid
+            assert pid is not None
+            worker.pidfd = _pidfd(pid)
+        except BaseException:
+            ours.close()
+            worker.channel = None
+            raise
+        worker.process, worker.pid = process, pid
+        worker.state, worker.was_ready, worker.deadline, worker.due = "starting", False, ready_by, None
+
+    # -- the supervising thread ------------------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        try:
+            while self._turn():
+                pass
+        finally:
+            with self._changed:
+                if self._state != "stopped":
+                    self._state = "ended"
+                self._signal_over()
+                self._changed.notify_all()
+
+    def _turn(self) -> bool:
+        """Waits for the next event and deals with it; False when nothing is left to do."""
+        assert self._wake is not None
+        poll = select.poll()
+        poll.register(self._wake[0].fileno(), select.POLLIN)
+        places: dict[int, tuple[_Worker, str]] = {}
+        with self._changed:
+            for worker in self._workers:
+                if worker.process is not None:
+                    ends = worker.pidfd.fileno() if worker.pidfd is not None else worker.process.sentinel
+                    places[ends] = worker, "ended"
+                if worker.channel is not None:
+                    places[worker.channel.fileno()] = worker, "spoke"
+            times = [worker.due for worker in self._workers if worker.due is not None]
+            times += [
+                worker.deadline for worker in self._workers if worker.alive and worker.deadline is not None and self._state == "running"
+            ]
+            times += [self._stop_by] if self._stop_by is not None else []
+        for fd in places:
+            poll.register(fd, select.POLLIN)
+        left = max(0.0, min(times) - monotonic()) if times else None
+        events = poll.poll(None if left is None else left * 1000 + 1)
+        with self._changed:
+            # What a worker said comes before how it ended: a ready worker that dies at once was ready.
+            for fd, _ in sorted(events, key=lambda event: places.get(event[0], (None, "woken"))[1] != "spoke"):
+                if fd not in places:
+                    os.read(fd, 4096)
+                    continue
+                worker, what = places[fd]
+                if what == "spoke":
+                    self._hear(worker)
+                else:
+                    self._bury(worker)
+            if self._stop_by is not None:
+                self._bring_down()
+            else:
+                self._launch_due()
+            self._changed.notify_all()
+            if any(worker.alive for worker in self._workers):
+                return True
+            return self._stop_by is None and any(worker.due is not None for worker in self._workers)
+
+    def _hear(self, worker: _Worker) -> None:
+        """Reads what a worker says; a worker that says nonsense is only not listened to, its end is seen by the pidfd."""
+        if worker.channel is None:
+            return
+        try:
+            while worker.channel.poll():
+                what, *values = worker.channel.recv(timeout=1.0)
+                if what == "ready" and worker.state == "starting":
+                    worker.state, worker.was_ready, worker.deadline, worker.unready = "ready", True, None, 0
+                elif what == "counts" and self._board is not None and not self._passing:
+                    line = self._board.line(worker.index)
+                    line[ACCEPTED], line[OPEN] = values
+        except (FdPassError, EOFError, OSError):
+            worker.channel.close()
+            worker.channel = None
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker's process ended: its true exit status, and what follows from it."""
+        process = worker.process
+        assert process is not None
+        self._hear(worker)
+        process.join()
+        code = worker.exitcode = process.exitcode
+        pid, told = worker.pid, worker.state == "stopping"
+        worker.process, worker.state, worker.deadline = None, "ended", None
+        worker.release()
+        process.close()
+        if self._board is not None:
+            self._board.line(worker.index)[OPEN] = 0
+        if told or self._stop_by is not None:
+            return
+        detail = "" if worker.was_ready else "it was never ready"
+        failed = code != 0
+        if self._state == "starting":
+            # Even exit status 0: a worker that ends before the group has started does not serve.
+            if failed or not worker.was_ready or self._strategy.held:
+                self._fail(WorkerDied(worker.name, pid, code, detail))
+        elif failed or self._strategy.held:
+            if not failed:
+                detail = "its share of the connections would wait for ever"
+            died = WorkerDied(worker.name, pid, code, detail)
+            if self._restart == "never":
+                self._fail(died)
+            else:
+                self._succeed(worker, died)
+
+    def _succeed(self, worker: _Worker, died: WorkerDied) -> None:
+        """Plans the successor of a worker, or gives the group up when successors do not help."""
+        now = monotonic()
+        enough = ""
+        if not worker.was_ready:
+            worker.unready += 1
+            if worker.unready > NEVER_READY_LIMIT:
+                enough = f"{worker.unready} in a row were never ready"
+        if len(self._started_at) == RESTART_LIMIT and now - self._started_at[0] < RESTART_WINDOW:
+            enough = f"{RESTART_LIMIT} successors were started within {RESTART_WINDOW:g} s"
+        if enough:
+            detail = f"{died.detail}; {enough}" if died.detail else enough
+            self._fail(WorkerDied(died.name, died.pid, died.exitcode, f"{detail}; no more successors"))
+            return
+        worker.due = now if worker.was_ready else now + min(BACKOFF * 2 ** (worker.unready - 1), BACKOFF_MAX)
+
+    def _launch_due(self) -> None:
+        now = monotonic()
+        for worker in self._workers:
+            if worker.alive and worker.deadline is not None and self._state == "running" and now >= worker.deadline:
+                # A successor that hangs in its start: it counts as one that was never ready.
+                worker.deadline = None
+                self._kill(worker, signal.SIGKILL)
+            if worker.due is not None and now >= worker.due and self._failure is None:
+                worker.due = None
+                worker.restarts += 1
+                self._started_at.append(now)
+                try:
+                    self._launch(worker, now + self._start_timeout)
+                except Exception as error:
+                    worker.was_ready = False
+                    detail = f"its successor could not be started: {error}"
+                    self._succeed(worker, WorkerDied(worker.name, worker.pid, worker.exitcode, detail))
+
+    def _fail(self, died: WorkerDied) -> None:
+        if self._failure is None:
+            self._failure = died
+            self._signal_over()
+        if self._strategy.held and self._stop_by is None:
+            # A held socket without a worker is a black hole for its share of the connections: better refused than swallowed.
+            self._stop_by = monotonic() + self._stop_timeout
+
+    def _bring_down(self) -> None:
+        """Tells every worker to go, once; after the deadline ends those that have not."""
+        assert self._stop_by is not None
+        late = monotonic() >= self._stop_by
+        for worker in self._workers:
+            worker.due = None
+            if not worker.alive:
+                continue
+            if worker.state != "stopping":
+                worker.state, worker.deadline = "stopping", None
+                if worker.channel is not None:
+                    try:
+                        worker.channel.send(("drain",), timeout=0.1)
+                    except (FdPassError, OSError):
+                        pass
+                self._kill(worker, signal.SIGTERM)
+            if late:
+                self._kill(worker, signal.SIGKILL)
+        if late:
+            # The rest is the kernel's: ask again when the pidfds say so, without spinning on a deadline that has passed.
+            self._stop_by = monotonic() + 1.0
+
+    def _kill(self, worker: _Worker, number: signal.Signals) -> None:
+        try:
+            if worker.pidfd is not None and hasattr(signal, "pidfd_send_signal"):
+                signal.pidfd_send_signal(worker.pidfd.fileno(), number)
+            else:
+                os.kill(worker.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def _poke(self) -> None:
+        if self._wake is not None and self._wake[1].fileno() >= 0:
+            os.write(self._wake[1].fileno(), b"w")
+
+    def _signal_over(self) -> None:
+        if self._over is not None:
+            self._over[1].close()
+
+    # -- the end ---------------------------------------------------------------------------------------------------------------
+
+    def _end_now(self) -> None:
+        """After a failed start, or an interrupted stop: every process is killed and collected, every socket closed."""
+        with self._changed:
+            self._stop_by = monotonic()
+        if self._thread is not None and self._thread.ident is not None:
+            self._poke()
+            self._thread.join()
+        else:
+            for worker in self._workers:
+                if worker.process is not None:
+                    self._kill(worker, signal.SIGKILL)
+                    self._bury(worker)
+        self._close()
+
+    def _close(self) -> None:
+        with self._changed:
+            if self._state == "stopped":
+                return
+            self._state = "stopped"
+            self._signal_over()
+            self._strategy.close()
+            self._endpoint.close()
+            for worker in self._workers:
+                worker.release()
+            for item in (self._board, self._self_pidfd, *(self._wake or ()), *(self._over or ())):
+                if item is not None:
+                    item.close()
+            _live.discard(self)
+            self._changed.notify_all()
+
+    def _demand_started(self) -> None:
+        if self._state == "new":
+            raise RuntimeError("the group was not started: use it in a with block, or call start()")
+
+    def _forget(self) -> None:
+        """In a forked child: closes what is the supervisor's alone, so that no child keeps a port or a control channel alive."""
+        for worker in self._workers:
+            worker.release()
+        for item in (self._board, self._self_pidfd, *(self._wake or ()), *(self._over or ())):
+            if item is not None:
+                item.close()
+        self._strategy.close()
+        self._endpoint.close()
+        self._state = "stopped"
+
+
+_live: weakref.WeakSet[WorkerGroup] = weakref.WeakSet()
+
+
+def _forget_groups() -> None:
+    for group in list(_live):
+        group._forget()
+    _live.clear()
+
+
+def _stop_groups() -> None:
+    for group in list(_live):
+        group.stop()
+
+
+os.register_at_fork(after_in_child=_forget_groups)
+# Before multiprocessing's own exit handler, which waits for every process: it was registered when multiprocessing was imported.
+atexit.register(_stop_groups)
+
+
+def _pipe() -> tuple[OwnedFd, OwnedFd]:
+    read, write = os.pipe()
+    return OwnedFd(read), OwnedFd(write)
+
+
+def _pidfd(pid: int) -> OwnedFd | None:
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return OwnedFd(os.pidfd_open(pid))
+    except ProcessLookupError:  # a fork server's child that ended at once was collected by the fork server
+        return None
+
+
+class _interrupt_held:
+    """Starts a process with SIGINT blocked, which it inherits: a Ctrl-C during its start must not print a traceback per worker."""
+
+    def __enter__(self) -> None:
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def __exit__(self, *exc: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+
+
+# -- the worker's side -------------------------------------------------------------------------------------------------------
+
+
+def _work(channel: Channel, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """What runs in the worker's process."""
+    # The supervisor decides when to end; a target that wants the terminal's SIGINT installs a handler of its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    share = channel.recv(timeout=60.0)
+    pidfd, board = share.pop("pidfd", None), share.pop("board", None)
+    if pidfd is None and hasattr(os, "pidfd_open") and sys.platform == "linux":
+        pidfd = OwnedFd(os.pidfd_open(share["supervisor"]))
+    _syscall.watch_start(-1 if pidfd is None else pidfd.fileno(), channel.fileno(), GRACE)
+    os.register_at_fork(after_in_child=_forget_watch)
+    if pidfd is not None:
+        pidfd.close()
+    reports = board is None
+    page = Board.create(share["index"] + 1) if board is None else Board(board)
+    page.close()  # the mapping stays
+    listener = strategies.open_share(share, page.line(share["index"]), channel, reports)
+    signal.signal(signal.SIGTERM, _Terminate(listener))
+    try:
+        target(listener, *args)
+    except ClosedError:
+        if not listener.draining:
+            raise
+    finally:
+        # What is left is the interpreter's own end, in which Python puts back default handlers: a SIGTERM that
+        # follows the drain closely would then turn a clean exit into a death by signal.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        listener._close()
+
+
+class _Terminate:
+    """SIGTERM in a worker: one that accepts through its listener drains; any other, and a second SIGTERM, ends as SIGTERM does."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._seen = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        again, self._seen = self._seen, True
+        if self._listener._accepting and not again:
+            self._listener.drain()
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _forget_watch() -> None:
+    _syscall.watch_stop(in_child=True)
+
+
+# -- several groups and foreign processes ------------------------------------------------------------------------------------
+
+
+def wait_for_completion_or_failure(*watched: Any, timeout: float | None = None) -> None:
+    """Waits for WorkerGroups, multiprocessing processes and subprocess.Popen objects; the first failure stops the groups and raises.
+
+    Returns when all have ended with exit status 0. timeout: seconds, None waits for ever. Raises WorkerDied with name, pid and
+    exit status or signal, TimeoutError (nothing is stopped then), TypeError, ValueError for a process that was not started.
+    Foreign processes are not ended: they are their owner's.
+    """
+    waiting = {item: _Watched(item) for item in watched}
+    deadline = None if timeout is None else monotonic() + timeout
+    try:
+        while waiting:
+            left = None if deadline is None else deadline - monotonic()
+            poll = select.poll()
+            for one in waiting.values():
+                if one.fd >= 0:
+                    poll.register(one.fd, select.POLLIN)
+            # Where there are no pidfds a Popen has nothing to wait on: it is asked ten times a second.
+            blind = any(one.fd < 0 for one in waiting.values())
+            slice_ = min(left if left is not None else 3600.0, 0.1 if blind else 3600.0)
+            if not any(one.over() for one in waiting.values()):
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"{len(waiting)} of {len(watched)} still run after {timeout} s")
+                poll.poll(max(0.0, slice_) * 1000 + 1)
+            for item, one in list(waiting.items()):
+                if one.over():
+                    one.check()
+                    one.close()
+                    del waiting[item]
+    except WorkerDied:
+        for item in watched:
+            if isinstance(item, WorkerGroup):
+                item.stop()
+        raise
+    finally:
+        for one in waiting.values():
+            one.close()
+
+
+class _Watched:
+    """One thing that may end: a descriptor to wait on, whether it is over, and how it ended."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+        self.owned: OwnedFd | None = None
+        if isinstance(item, WorkerGroup):
+            item._demand_started()
+            self.fd = item.fileno()
+        elif isinstance(item, subprocess.Popen):
+            self.owned = _pidfd(item.pid) if item.poll() is None else None
+            self.fd = -1 if self.owned is None else self.owned.fileno()
+        elif isinstance(item, mp_process.BaseProcess):
+            if item.pid is None:
+                raise ValueError(f"{item!r} was not started")
+            self.fd = item.sentinel
+        else:
+            raise TypeError(f"a WorkerGroup, a multiprocessing process or a subprocess.Popen is awaited, not {type(item).__name__}")
+
+    def over(self) -> bool:
+        if isinstance(self.item, WorkerGroup):
+            return self.item._failure is not None or self.item._state in ("ended", "stopped")
+        if isinstance(self.item, subprocess.Popen):
+            return self.item.poll() is not None
+        # The sentinel closes a little before the process can be waited for; join() waits for the rest.
+        if select_ready(self.fd):
+            self.item.join()
+        return self.item.exitcode is not None
+
+    def check(self) -> None:
+        if isinstance(self.item, WorkerGroup):
+            self.item.wait()
+            return
+        if isinstance(self.item, subprocess.Popen):
+            command: Any = self.item.args
+            name = str(command[0] if isinstance(command, (list, tuple)) else command)
+            pid, code = self.item.pid, self.item.returncode
+        else:
+            name, pid, code = self.item.name, self.item.pid, self.item.exitcode
+        if code != 0:
+            raise WorkerDied(name, pid, code)
+
+    def close(self) -> None:
+        if self.owned is not None:
+            self.owned.close()
+
+
+def select_ready(fd: int) -> bool:
+    """Whether fd is readable now."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
