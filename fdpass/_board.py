@@ -27,7 +27,10 @@ class Board:
         except BaseException:
             owned.close()
             raise
-        self._words = memoryview(self._map).cast("q")
+        words = memoryview(self._map).cast("q")
+        #: One line per worker, 8 words each.
+        self.lines = [words[start : start + WORDS] for start in range(0, len(words), WORDS)]
+        words.release()
 
     @classmethod
     def create(cls, workers: int) -> Board:
@@ -50,10 +53,10 @@ class Board:
             raise
         return cls(owned)
 
-    def line(self, index: int) -> memoryview:
-        """The words of one worker."""
-        return self._words[index * WORDS : (index + 1) * WORDS]
-
     def close(self) -> None:
-        """Closes the descriptor; the mapping goes with the last line that is held."""
+        """Unmaps the page, whose lines can no longer be read, and closes the descriptor; again does nothing."""
+        for line in self.lines:
+            line.release()
+        # The map holds a duplicate of the descriptor: closing ours alone would leave the page open.
+        self._map.close()
         self.fd.close()

@@ -92,6 +92,7 @@ class Listener:
         self._lock = threading.Lock()
         self._told = self._drained = self._queued = self._accepting = False
         self._reported = 0.0
+        self._spare = -1
         self._wake_read, self._wake_write = os.pipe()
         self._events = (getattr(select, "epoll", None) or _Poll)()
         self._events.register(self._wake_read, select.POLLIN)
@@ -129,38 +130,23 @@ class Listener:
     def accept(self, timeout: float | None = None) -> tuple[Socket, Any]:
         """The next connection as (socket, address); the socket blocks, or follows socket.setdefaulttimeout().
 
-        timeout: seconds, None waits for ever. While the process has no free descriptor it stays out of the queue, where other
-        workers serve, and looks again twenty times a second. Raises ClosedError once drained, TimeoutError, OSError.
+        timeout: seconds, None waits for ever. While the process has no descriptor to spare it stays out of the queue, where
+        other workers serve, and looks again twenty times a second. Raises ClosedError once drained, TimeoutError, OSError.
         """
         deadline = None if timeout is None else monotonic() + timeout
         self._accepting = True
         self.ready()
         self._line[HEARTBEAT] = monotonic_ns()
-        exhausted = False
         while True:
             if self._drained:
                 raise ClosedError("this listener accepts no more: the worker was told to drain")
-            if exhausted:
-                exhausted = not _room()
-            if not exhausted:
-                self._join()
             left = None if deadline is None else max(0.0, deadline - monotonic())
-            if exhausted:
+            if not self._join():
                 left = _ROOM if left is None else min(left, _ROOM)
             for fd, _ in self._events.poll(left):
                 if fd == self._sock.fileno():
-                    try:
-                        conn, address = self._accept()
-                    except BlockingIOError:
-                        continue  # another worker was faster
-                    except OSError as error:
-                        if error.errno in _EXHAUSTED:
-                            exhausted = True
-                            self._leave()
-                        elif error.errno not in _GIVEN_UP:
-                            raise
-                        continue
-                    return conn, address
+                    if (accepted := self._accept()) is not None:
+                        return accepted
                 if self._channel is not None and fd == self._channel.fileno():
                     self._obey()
             if deadline is not None and monotonic() >= deadline and not self._drained:
@@ -184,14 +170,34 @@ class Listener:
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> tuple[Socket, Any]:
-        plain, address = self._sock.accept()
+    def _accept(self) -> tuple[Socket, Any] | None:
+        try:
+            plain, address = self._sock.accept()
+        except BlockingIOError:
+            return None  # another worker was faster
+        except OSError as error:
+            if error.errno in _GIVEN_UP:
+                return None
+            if error.errno not in _EXHAUSTED:
+                raise
+            # The exclusive wake-up was spent on this worker: to leave now would strand the connection until the next one
+            # comes and wakes another. The spare descriptor makes room for it; without a spare there is no way back in.
+            self._leave()
+            with self._lock:
+                spare, self._spare = self._spare, -1
+            if spare < 0:
+                return None
+            os.close(spare)
+            try:
+                plain, address = self._sock.accept()
+            except OSError:
+                return None
         conn = AcceptedSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
         conn._listener = self
         self._count(OPEN, 1)
         self._count(ACCEPTED, 1)
         self._line[HEARTBEAT] = monotonic_ns()
-        if self._rotate:
+        if self._rotate and self._queued:
             # To the end of the queue: an exclusive wake-up goes to whoever registered first, every time.
             self._leave()
             self._join()
@@ -200,11 +206,21 @@ class Listener:
             self._tell(("counts", self._line[ACCEPTED], self._line[OPEN]))
         return conn, address
 
-    def _join(self) -> None:
+    def _join(self) -> bool:
+        """Joins the queue, if it is not in it; False while there is no descriptor to spare."""
         with self._lock:
-            if not self._queued and not self._drained:
-                self._events.register(self._sock.fileno(), select.POLLIN | (_EXCLUSIVE if self._exclusive else 0))
-                self._queued = True
+            if self._queued or self._drained:
+                return True
+            if self._spare < 0:
+                try:
+                    self._spare = os.dup(self._wake_read)
+                except OSError as error:
+                    if error.errno not in _EXHAUSTED:
+                        raise
+                    return False
+            self._events.register(self._sock.fileno(), select.POLLIN | (_EXCLUSIVE if self._exclusive else 0))
+            self._queued = True
+            return True
 
     def _leave(self) -> None:
         with self._lock:
@@ -240,31 +256,17 @@ class Listener:
         self.drain()
         if self._report:
             self._tell(("counts", self._line[ACCEPTED], self._line[OPEN]))
+        # The board goes; connections that outlive the listener are counted nowhere.
+        self._line = list(self._line)
         if hasattr(self._events, "close"):
             self._events.close()
-        for end in (self._wake_read, self._wake_write):
-            os.close(end)
+        for end in (self._wake_read, self._wake_write, self._spare):
+            if end >= 0:
+                os.close(end)
         self._sock.close()
 
 
 _EXCLUSIVE: int = getattr(select, "EPOLLEXCLUSIVE", 0)
-
-
-def _room() -> bool:
-    """Whether a descriptor could be opened now."""
-    try:
-        os.close(os.dup(0 if _is_open(0) else 2))
-    except OSError as error:
-        return error.errno not in _EXHAUSTED
-    return True
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 class _Poll:

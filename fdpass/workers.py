@@ -16,11 +16,12 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing import process as mp_process
+from multiprocessing import util as _  # noqa: F401  (its exit handler must be registered before ours, see below)
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _syscall, strategies
-from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, Board
+from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, WORDS, Board
 from fdpass.ancillary import why_no_passing
 from fdpass.channel import Channel, Pipe
 from fdpass.endpoint import Endpoint, listen
@@ -89,7 +90,8 @@ class _Worker:
     def alive(self) -> bool:
         return self.process is not None
 
-    def release(self) -> None:
+    def close(self) -> None:
+        """Closes what the supervisor holds of it; the process is not touched."""
         for item in (self.channel, self.pidfd):
             if item is not None:
                 item.close()
@@ -168,6 +170,7 @@ class WorkerGroup:
         self._stop_by: float | None = None
         self._thread: threading.Thread | None = None
         self._board: Board | None = None
+        self._lines: list[Any] = [[0] * WORDS] * workers  # of the board while it is open, else what it said last
         self._self_pidfd: OwnedFd | None = None
         self._wake: tuple[OwnedFd, OwnedFd] | None = None
         self._over: tuple[OwnedFd, OwnedFd] | None = None
@@ -210,7 +213,8 @@ class WorkerGroup:
                         raise TimeoutError(f"{', '.join(late)} not ready {self._start_timeout} s after the start")
                 if self._failure is not None:
                     raise self._failure
-                self._state = "running"
+                if self._state == "starting":  # all may have served and ended by now
+                    self._state = "running"
         except BaseException:
             self._end_now()
             raise
@@ -229,7 +233,7 @@ class WorkerGroup:
                 if left is not None and left <= 0:
                     raise TimeoutError(f"the group {self._name} still runs after {timeout} s")
                 self._changed.wait(left)
-            if self._failure is not None and self._state != "stopped":
+            if self._failure is not None:
                 raise self._failure
 
     def stop(self, timeout: float | None = None) -> None:
@@ -259,7 +263,7 @@ class WorkerGroup:
         with self._changed:
             found = []
             for worker in self._workers:
-                line: Any = self._board.line(worker.index) if self._board is not None else [0] * 4
+                line = self._lines[worker.index]
                 age = (monotonic_ns() - line[HEARTBEAT]) / 1e9 if line[HEARTBEAT] else None
                 who = (worker.index, worker.name, worker.pid, worker.state, worker.exitcode)
                 found.append(WorkerStats(*who, line[ACCEPTED], line[OPEN], worker.restarts, age))
@@ -284,6 +288,7 @@ class WorkerGroup:
 
     def _open(self) -> None:
         self._board = Board.create(len(self._workers))
+        self._lines = self._board.lines
         if hasattr(os, "pidfd_open"):
             self._self_pidfd = OwnedFd(os.pidfd_open(os.getpid()))
         self._wake = _pipe()
@@ -298,7 +303,7 @@ class WorkerGroup:
         try:
             with theirs:
                 share = self._strategy.share(worker.index)
-                line = self._board.line(worker.index)
+                line = self._lines[worker.index]
                 line[OPEN], line[HEARTBEAT] = 0, 0
                 line[GENERATION] += 1
                 if self._passing:
@@ -388,9 +393,8 @@ class WorkerGroup:
                 what, *values = worker.channel.recv(timeout=1.0)
                 if what == "ready" and worker.state == "starting":
                     worker.state, worker.was_ready, worker.deadline, worker.unready = "ready", True, None, 0
-                elif what == "counts" and self._board is not None and not self._passing:
-                    line = self._board.line(worker.index)
-                    line[ACCEPTED], line[OPEN] = values
+                elif what == "counts" and not self._passing:
+                    self._lines[worker.index][ACCEPTED], self._lines[worker.index][OPEN] = values
         except (FdPassError, EOFError, OSError):
             worker.channel.close()
             worker.channel = None
@@ -404,22 +408,21 @@ class WorkerGroup:
         code = worker.exitcode = process.exitcode
         pid, told = worker.pid, worker.state == "stopping"
         worker.process, worker.state, worker.deadline = None, "ended", None
-        worker.release()
-        process.close()
-        if self._board is not None:
-            self._board.line(worker.index)[OPEN] = 0
+        worker.close()
+        if code is not None:  # None: somebody else waited for it, and multiprocessing takes it for running
+            process.close()
+        self._lines[worker.index][OPEN] = 0
         if told or self._stop_by is not None:
             return
         detail = "" if worker.was_ready else "it was never ready"
         failed = code != 0
-        if self._state == "starting":
-            # Even exit status 0: a worker that ends before the group has started does not serve.
-            if failed or not worker.was_ready or self._strategy.held:
-                self._fail(WorkerDied(worker.name, pid, code, detail))
+        died = WorkerDied(worker.name, pid, code, detail)
+        if self._state == "starting" and not worker.was_ready:
+            # Exit status 0 too: a worker that ends before it is ready does not serve.
+            self._fail(died)
         elif failed or self._strategy.held:
             if not failed:
-                detail = "its share of the connections would wait for ever"
-            died = WorkerDied(worker.name, pid, code, detail)
+                died = WorkerDied(worker.name, pid, code, "its share of the connections would wait for ever")
             if self._restart == "never":
                 self._fail(died)
             else:
@@ -530,11 +533,8 @@ class WorkerGroup:
             self._signal_over()
             self._strategy.close()
             self._endpoint.close()
-            for worker in self._workers:
-                worker.release()
-            for item in (self._board, self._self_pidfd, *(self._wake or ()), *(self._over or ())):
-                if item is not None:
-                    item.close()
+            self._lines = [list(line) for line in self._lines]
+            self._release()
             _live.discard(self)
             self._changed.notify_all()
 
@@ -544,14 +544,15 @@ class WorkerGroup:
 
     def _forget(self) -> None:
         """In a forked child: closes what is the supervisor's alone, so that no child keeps a port or a control channel alive."""
-        for worker in self._workers:
-            worker.release()
-        for item in (self._board, self._self_pidfd, *(self._wake or ()), *(self._over or ())):
-            if item is not None:
-                item.close()
+        self._release()
         self._strategy.close()
         self._endpoint.close()
         self._state = "stopped"
+
+    def _release(self) -> None:
+        for item in (*self._workers, self._board, self._self_pidfd, *(self._wake or ()), *(self._over or ())):
+            if item is not None:
+                item.close()
 
 
 _live: weakref.WeakSet[WorkerGroup] = weakref.WeakSet()
@@ -569,7 +570,7 @@ def _stop_groups() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_groups)
-# Before multiprocessing's own exit handler, which waits for every process: it was registered when multiprocessing was imported.
+# Exit handlers run last in, first out: ours comes before multiprocessing's, which waits for every process that still runs.
 atexit.register(_stop_groups)
 
 
@@ -615,8 +616,7 @@ def _work(channel: Channel, target: Callable[..., Any], args: tuple[Any, ...]) -
         pidfd.close()
     reports = board is None
     page = Board.create(share["index"] + 1) if board is None else Board(board)
-    page.close()  # the mapping stays
-    listener = strategies.open_share(share, page.line(share["index"]), channel, reports)
+    listener = strategies.open_share(share, page.lines[share["index"]], channel, reports)
     signal.signal(signal.SIGTERM, _Terminate(listener))
     try:
         target(listener, *args)
@@ -628,6 +628,8 @@ def _work(channel: Channel, target: Callable[..., Any], args: tuple[Any, ...]) -
         # follows the drain closely would then turn a clean exit into a death by signal.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         listener._close()
+        page.close()
+        channel.close()
 
 
 class _Terminate:
