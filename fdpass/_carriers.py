@@ -148,7 +148,9 @@ def _inherit(popen: Any, fd: int) -> Token:
     box: _Outbox = popen.__dict__.setdefault("_fdpass_outbox", _Outbox())
     token = box.tokens.get(fd)
     if token is None:
-        token = box.tokens[fd] = _hand_over(popen, box, fd)
+        token = _hand_over(popen, box, fd)
+        # Of a ride only its place, which is what it pickles to: kept here it would stay open as long as popen.
+        box.tokens[fd] = tuple(part.index if isinstance(part, _Ride) else part for part in token)
     return token
 
 
@@ -179,14 +181,16 @@ class _Inbox:
 
     def __init__(self) -> None:
         self.first: dict[int, tuple[int, int]] = {}  # number -> device and inode when it was claimed first
-        self.rides: dict[int, tuple[OwnedFd, list[OwnedFd]]] = {}
+        self.rides: dict[int, tuple[OwnedFd, list[int]]] = {}  # place -> far end, what came through it
 
     def close(self) -> None:
-        self.first.clear()
         while self.rides:
             end, arrived = self.rides.popitem()[1]
-            for owned in (end, *arrived):
-                owned.close()
+            end.close()
+            for number in arrived:
+                if number not in self.first:
+                    os.close(number)
+        self.first.clear()
 
 
 _inbox: _Inbox | None = None
@@ -214,14 +218,22 @@ def _claim_inherited(kind: str, place: int, seat: int = 0) -> OwnedFd:
         _inbox.rides[place] = OwnedFd(number), []
     end, arrived = _inbox.rides[place]
     while len(arrived) <= seat:
-        arrived += recv_fds(end, 1, 1).fds
-    return arrived[seat].dup()
+        message = recv_fds(end, 1, 1)
+        if not message.data:
+            raise TicketError(f"{len(arrived)} descriptors came through the socket pair filled before the start, number {seat + 1} did not")
+        arrived += [owned.release() for owned in message.fds]
+    return _take_number(_inbox, arrived[seat])
 
 
 def _take_number(inbox: _Inbox, number: int) -> OwnedFd:
-    status = os.fstat(number)
-    identity = (status.st_dev, status.st_ino)
     before = inbox.first.get(number)
+    try:
+        status = os.fstat(number)
+    except OSError:
+        if before is None:
+            raise
+        raise TicketError(f"inherited descriptor {number} was claimed and closed already") from None
+    identity = (status.st_dev, status.st_ino)
     if before is None:
         inbox.first[number] = identity
         return OwnedFd(number)

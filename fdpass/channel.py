@@ -10,18 +10,28 @@ import os
 import pickle
 import threading
 from io import BytesIO
+from socket import socket as Socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import fdpass.handles  # noqa: F401  (its reducers for raw sockets and connections, which send() relies on)
 from fdpass import _carriers, _frames, _syscall
 from fdpass.ancillary import number_of
-from fdpass.errors import BrokenChannelError, ClosedError, DescriptorsLostError, EndOfChannel, PeerRefusedError, ProtocolError
+from fdpass.errors import (
+    BrokenChannelError,
+    ClosedError,
+    DescriptorsLostError,
+    EndOfChannel,
+    PeerRefusedError,
+    ProtocolError,
+    WrongDescriptorError,
+)
 from fdpass.fds import OwnedFd, _own, kind_of, take
+
+# Its import also fills in the reducers for raw sockets and connections, which send() relies on.
+from fdpass.handles import refuse_tls
 from fdpass.limits import lost_reason
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterable, Iterator
     from types import TracebackType
     from typing import Self
@@ -34,7 +44,7 @@ if TYPE_CHECKING:
 _JOINED = 1 << 16
 #: A payload is received in steps of this size: what a header announces is not allocated before it arrives.
 _STEP = 1 << 20
-#: Anonymous credentials, which the kernel writes where it does not know the sender.
+#: The uid in anonymous credentials, which the kernel writes, with pid 0, where it does not know the sender.
 _NO_UID = 65534
 
 
@@ -63,16 +73,22 @@ class Channel:
 
     __slots__ = ("__weakref__", "_broken", "_fd", "_max_fds", "_max_size", "_readable", "_receiving", "_sending", "_writable")
 
-    def __init__(self, sock: socket.socket | OwnedFd, *, max_size: int = _frames.MAX_SIZE, max_fds: int = _frames.MAX_FDS) -> None:
+    def __init__(self, sock: Socket | OwnedFd, *, max_size: int = _frames.MAX_SIZE, max_fds: int = _frames.MAX_FDS) -> None:
         self._fd = OwnedFd.__new__(OwnedFd)
         self._fd._fd = -1
-        if not hasattr(sock, "fileno") or isinstance(sock, int):
-            raise TypeError(f"Channel takes a socket, not {type(sock).__name__}")
+        if not isinstance(sock, (Socket, OwnedFd)):
+            raise TypeError(f"Channel takes a socket or an OwnedFd, not {type(sock).__name__}")
+        if isinstance(sock, Socket):
+            refuse_tls(sock)
         fd = sock.fileno()
         if fd < 0:
             raise ValueError("the socket is closed")
-        if not _syscall.is_unix_stream(fd):
-            raise ValueError(f"a channel needs an AF_UNIX stream socket; descriptor {fd} is {kind_of(fd)} of another kind")
+        info = _syscall.probe(fd)
+        if info is None or info.family != _socket.AF_UNIX or info.type != _socket.SOCK_STREAM or info.listening:
+            wanted, actual = "a connected AF_UNIX stream socket", kind_of(fd)
+            if info is not None:
+                actual = "a listening socket" if info.listening else "a socket of another kind"
+            raise WrongDescriptorError(f"a channel needs {wanted}; descriptor {fd} is {actual}", wanted, actual)
         _syscall.ask_credentials(fd)
         self._setup(OwnedFd(sock.release() if isinstance(sock, OwnedFd) else sock.detach()), max_size, max_fds)
 
@@ -100,10 +116,13 @@ class Channel:
         outgoing = _carriers.outgoing.set(fds)
         try:
             stream = BytesIO()
-            _carriers.InBandPickler(stream, pickle.HIGHEST_PROTOCOL).dump(obj)
+            pickler = _carriers.InBandPickler(stream, pickle.HIGHEST_PROTOCOL)
+            pickler.dump(obj)
         finally:
             _carriers.outgoing.reset(outgoing)
         self._send(_frames.OBJECT, stream.getbuffer(), fds, timeout)
+        # Its memo holds what was made only while pickling, a handle from somebody's __reduce__ for instance: until here, no longer.
+        pickler.clear_memo()
 
     def send_message(self, data: Buffer, fds: Iterable[int | HasFileno] = (), timeout: float | None = None) -> None:
         """Sends bytes and descriptors, no pickle involved; data may be empty. fds are borrowed. Arguments and errors as send()."""
@@ -122,13 +141,14 @@ class Channel:
         joined = not batches[1:] and size <= _JOINED
         deadline = None if timeout is None else monotonic() + timeout
         _acquire(self._sending, deadline, "waiting for another thread's send")
-        started = False
+        started = attempted = False
         try:
             fd = self._usable(self._writable, "send on")
             first = header + payload if joined else header
             for part, batch in zip((first, *[b"\0"] * len(batches[1:])), batches or [slice(0)], strict=True):
                 rest, numbers = part, fds[batch]
                 while rest:
+                    attempted = True
                     sent = _syscall.send(fd, rest, numbers, 0, _left(deadline), "sending a frame")
                     # The descriptors have gone with the first byte, however few bytes went.
                     started, numbers = True, []
@@ -139,7 +159,8 @@ class Channel:
                     sent = _syscall.send(fd, _syscall.as_memory(payload[:_STEP]), [], 0, _left(deadline), "sending a frame")
                     payload = payload[sent:]
         except BaseException as error:
-            if started:
+            # An OSError is the kernel's word that nothing went; after a signal handler's exception nobody knows.
+            if started or (attempted and not isinstance(error, OSError)):
                 self._broken = BrokenChannelError(f"a frame broke off while it was being sent: {error or type(error).__name__}")
                 if isinstance(error, TimeoutError):
                     raise self._broken from error
@@ -323,15 +344,22 @@ class _Inbox:
 
     def _read(self, scratch: _syscall.Scratch, buffer: Any, size: int, deadline: float | None) -> int:
         message = scratch.message
-        got = _syscall.recv(self.fd, buffer, size, message, 0, _left(deadline), "receiving a frame")
+        message.has_credentials = 0
+        try:
+            got = _syscall.recv(self.fd, buffer, size, message, 0, _left(deadline), "receiving a frame")
+        except BaseException:
+            # A signal handler may raise when bytes have come already; they come with credentials.
+            self.started = self.started or bool(message.has_credentials)
+            raise
         if got == 0:
             if self.started:
                 raise BrokenChannelError("the peer is gone in the middle of a frame")
             raise EndOfChannel("the peer closed the channel")
         self.started = True
-        if not (message.has_credentials and message.uid == os.getuid()):
+        # Not by the number alone, which is also that of the user "nobody".
+        anonymous = not message.has_credentials or (message.uid == _NO_UID and message.pid == 0)
+        if anonymous or message.uid != os.getuid():
             self.vouched = False
-            anonymous = not message.has_credentials or message.uid == _NO_UID
             self.sender = "a sender without credentials" if anonymous else f"uid {message.uid} (pid {message.pid})"
         if message.dropped:
             self.lost = self.lost or lost_reason()

@@ -26,6 +26,19 @@ FORMS = "host:port, [::1]:port, unix:/path, fd:N or systemd:NAME"
 PATH_MAX = 107 if sys.platform == "linux" else 103
 
 
+class BoundAlone(Socket):
+    """A socket bound without SO_REUSEADDR, which comes when it listens.
+
+    Two sockets that both have the option and do not listen yet may share a port; the sockets accepted later need it, so that
+    what they leave in TIME_WAIT does not block the next bind. They inherit it from the listening one.
+    """
+
+    def listen(self, *backlog: int) -> None:
+        """listen(2)."""
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().listen(*backlog)
+
+
 class Endpoint:
     """A bound address and the socket that holds it; listen() makes one. str() is its text, with the port that was bound.
 
@@ -141,6 +154,8 @@ def _tcp(host: str, port: int, reuse_port: bool, text: str) -> Endpoint:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise OSError(error.errno, f"cannot bind {text}: {error.strerror}") from error
+    except ValueError as error:  # among them UnicodeError: not a name that could be looked up
+        raise ValueError(f"{text!r} names no host: write {FORMS}") from error
     try:
         sock = join(family, address) if reuse_port else _bind_alone(family, address)
     except OSError as error:
@@ -152,15 +167,15 @@ def _tcp(host: str, port: int, reuse_port: bool, text: str) -> Endpoint:
 
 def _bind_alone(family: int, address: Any) -> socket.socket:
     """Bound with no sharing option, so that it fails when anybody else is on the port, listening or about to."""
-    # SO_REUSEADDR lets two programs bind a port on which neither listens yet. It is needed only where connections of an
-    # earlier program linger in TIME_WAIT, and on the sockets accepted later: so it comes second, and after the bind.
+    # With SO_REUSEADDR only a socket that listens is in the way, or one without the option. It is needed where connections of
+    # an earlier program linger in TIME_WAIT: so it comes second, for the bind alone.
     for lingering in (False, True):
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = BoundAlone(family, socket.SOCK_STREAM)
         try:
             if lingering:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             return sock
         except OSError as error:
             sock.close()
@@ -174,7 +189,7 @@ def _bind_alone(family: int, address: Any) -> socket.socket:
 
 def _unix(path: str) -> Endpoint:
     if not path or "\0" in path:
-        raise ValueError(f"'unix:{path}' names no file: write unix:/path")
+        raise ValueError(f"{'unix:' + path!r} names no file: write {FORMS}")
     size = len(os.fsencode(path))
     if size > PATH_MAX:
         raise ValueError(f"the path of a Unix socket has at most {PATH_MAX} bytes, {path!r} has {size}")
@@ -221,14 +236,15 @@ def _bound_somewhere(path: str) -> bool:
     """Whether a socket is bound there that refuses connections only because it does not listen yet."""
     try:
         with open("/proc/net/unix", "rb") as table:
-            return any(line.rstrip(b"\n").endswith(b" " + os.fsencode(path)) for line in table)
+            # An accepted connection has the path of its listener too, and may outlive it; its state is not 01 (unconnected).
+            return any(line.split()[5] == b"01" for line in table if line.rstrip(b"\n").endswith(b" " + os.fsencode(path)))
     except OSError:
         return False
 
 
 def _adopt_text(text: str) -> Endpoint:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError(f"'fd:{text}' names no descriptor: write fd:N")
+        raise ValueError(f"{'fd:' + text!r} names no descriptor: write {FORMS}")
     return _adopt(int(text), f"fd:{text}")
 
 
@@ -254,7 +270,8 @@ def _adopt(number: int, text: str) -> Endpoint:
     # A duplicate: the number itself stays with whoever put it there, but must not leak into programs started later.
     sock = socket_from(_own(_syscall.dup(number)), info)
     name = sock.getsockname()
-    if not info.listening and (not name or (info.family != socket.AF_UNIX and name[1] == 0)):
+    if not info.listening and (_connected(sock) or not name or (info.family != socket.AF_UNIX and name[1] == 0)):
+        actual = "a connected socket" if _connected(sock) else actual
         sock.close()
         raise WrongDescriptorError(f"{text} is {actual}; it must be {wanted}", wanted, actual)
     os.set_inheritable(number, False)
@@ -263,3 +280,11 @@ def _adopt(number: int, text: str) -> Endpoint:
     else:
         shown = f"[{name[0]}]:{name[1]}" if info.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
     return Endpoint(sock, shown, adopted=True)
+
+
+def _connected(sock: Socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True

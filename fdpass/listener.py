@@ -90,7 +90,7 @@ class Listener:
         self._index, self._strategy = index, strategy
         self._exclusive, self._rotate, self._report = exclusive, rotate, report
         self._lock = threading.Lock()
-        self._told = self._drained = self._queued = self._accepting = False
+        self._told = self._drained = self._looked = self._queued = self._accepting = False
         self._reported = 0.0
         self._spare = -1
         self._wake_read, self._wake_write = os.pipe()
@@ -139,14 +139,16 @@ class Listener:
         self._line[HEARTBEAT] = monotonic_ns()
         while True:
             if self._drained:
+                # The order may have come right after an exclusive wake-up, which nobody else gets for that connection.
+                if self._last_look() and (accepted := self._accept()) is not None:
+                    return accepted
                 raise ClosedError("this listener accepts no more: the worker was told to drain")
             left = None if deadline is None else max(0.0, deadline - monotonic())
             if not self._join():
                 left = _ROOM if left is None else min(left, _ROOM)
             for fd, _ in self._events.poll(left):
-                if fd == self._sock.fileno():
-                    if (accepted := self._accept()) is not None:
-                        return accepted
+                if fd == self._sock.fileno() and (accepted := self._accept()) is not None:
+                    return accepted
                 if self._channel is not None and fd == self._channel.fileno():
                     self._obey()
             if deadline is not None and monotonic() >= deadline and not self._drained:
@@ -228,6 +230,12 @@ class Listener:
                 self._queued = False
                 self._events.unregister(self._sock.fileno())
 
+    def _last_look(self) -> bool:
+        """True once, after the drain of a listener that was in the queue."""
+        with self._lock:
+            look, self._looked = not self._looked, True
+        return look
+
     def _count(self, word: int, step: int) -> None:
         with self._lock:
             self._line[word] += step
@@ -254,6 +262,7 @@ class Listener:
     def _close(self) -> None:
         """At the worker's end: the last counts, then everything it holds."""
         self.drain()
+        self._looked = True
         if self._report:
             self._tell(("counts", self._line[ACCEPTED], self._line[OPEN]))
         # The board goes; connections that outlive the listener are counted nowhere.

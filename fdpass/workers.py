@@ -199,6 +199,8 @@ class WorkerGroup:
         deadline = monotonic() + self._start_timeout
         try:
             self._state = "starting"
+            # Chosen once: successors start from the supervising thread, beside which fork would always look unsafe.
+            self._context = get_context(self._start_method)
             self._open()
             self._strategy.listen()
             _live.add(self)
@@ -312,7 +314,7 @@ class WorkerGroup:
                 # It waits in the socket pair until the worker reads it, so a slow start keeps nobody waiting here.
                 ours.send(share)
                 args = tuple(self._args_for(worker.index)) if self._args_for is not None else self._args
-                process = get_context(self._start_method).Process(
+                process = self._context.Process(
                     target=_work, args=(theirs, self._target, args), name=worker.name, daemon=False
                 )
                 # Known before the start, so that a forked child closes our end along with the group's other descriptors.

@@ -185,7 +185,10 @@ def mixed(listener: fdpass.Listener) -> None:
         while True:
             pass
     if listener.index == 1:
-        ctypes.PyDLL(None).sleep(1000)
+        # A mutex locked twice: unlike sleep(3), no signal makes it return. PyDLL keeps the GIL.
+        mutex = ctypes.create_string_buffer(256)
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
     answer(listener)
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ def until(condition: Callable[[], object]) -> None:
     """Waits for a condition; the test's own time limit is the only one."""
     while not condition():
         os.sched_yield()
-
-
-@pytest.fixture
-def watchers() -> Iterator[None]:
-    yield
 
 
 def group(target: Any, workers: int = 2, address: str = "127.0.0.1:0", **options: Any) -> fdpass.WorkerGroup:
@@ -239,7 +234,7 @@ def test_exit_0_before_ready_is_a_failed_start() -> None:
 def test_one_of_several_dies_in_the_start() -> None:
     running = group(targets.die_if_first, 3)
     address = running.endpoint.address
-    with pytest.raises(fdpass.WorkerDied, match="worker-0 .* was killed by SIGKILL"):
+    with pytest.raises(fdpass.WorkerDied, match=r"worker-0 .* was killed by SIGKILL"):
         running.start()
     nothing_left(address)
 
@@ -368,7 +363,7 @@ def test_connections_queued_on_a_dead_workers_socket_are_served_by_the_successor
         assert first.recv(100).startswith(b"0 ")  # the worker is busy with this one
         with connect(running.endpoint) as queued:
             os.kill(running.stats()[0].pid, signal.SIGKILL)
-            index, pid = queued.recv(100).split()
+            _, pid = queued.recv(100).split()
             assert int(pid) == running.stats()[0].pid
             queued.sendall(b"bye")
             assert queued.recv(100) == b"bye"
@@ -575,11 +570,11 @@ def test_the_first_failure_stops_the_groups_and_is_named() -> None:
         assert {one.state for one in left.stats() + right.stats()} == {"ended"}
     with group(targets.answer, 2) as left, group(targets.answer, 2, name="right") as right:
         os.kill(right.stats()[0].pid, signal.SIGKILL)
-        with pytest.raises(fdpass.WorkerDied, match="right-0 .* SIGKILL"):
+        with pytest.raises(fdpass.WorkerDied, match=r"right-0 .* SIGKILL"):
             fdpass.wait_for_completion_or_failure(left, right)
     engine = multiprocessing.get_context("spawn").Process(target=os._exit, args=(4,), name="engine")
     engine.start()
-    with group(targets.answer, 1) as left, pytest.raises(fdpass.WorkerDied, match="engine .* exited with code 4"):
+    with group(targets.answer, 1) as left, pytest.raises(fdpass.WorkerDied, match=r"engine .* exited with code 4"):
         fdpass.wait_for_completion_or_failure(left, engine)
     engine.close()
 
