@@ -68,12 +68,12 @@ def send_fds(sock: HasFileno, buffers: Iterable[Buffer], fds: Iterable[int | Has
     else:
         fd, timeout = target(sock)
     parts = buffers if type(buffers) is list else _parts(buffers)
-    data: Any = parts[0] if len(parts) == 1 else b"".join(parts)
+    data: Any = parts[0] if len(parts) == 1 else _joined(parts)
     if type(data) is not bytes:
         data = _flat(data)
     # Per call, never F_SETFL: the flag would belong to every holder of the socket.
     per_call = flags if timeout is None else flags | _DONTWAIT
-    if type(fds) is list and len(fds) == 1 and type(number := fds[0]) is int and data:
+    if type(fds) is list and len(fds) == 1 and type(number := fds[0]) is int and number >= 0 and len(data):
         numbers: Any = fds
         code: int = _send_one_once(fd, data, len(data), number, per_call)
     else:
@@ -123,7 +123,7 @@ def recv_fds(sock: HasFileno, bufsize: int, maxfds: int, flags: int = 0) -> Mess
         again = partial(_recv_once, fd, buffer, bufsize, per_call, message)
         got = _settle(got, again, fd, False, flags, timeout, "receiving a message")
     # With MSG_TRUNC among the flags a datagram's true length is returned, which may pass the buffer's.
-    data = scratch.view[:got] if bufsize <= _POOLED else _syscall.unpack(buffer, min(got, bufsize))
+    data = scratch.view[: got if got <= bufsize else bufsize] if bufsize <= _POOLED else _syscall.unpack(buffer, min(got, bufsize))
     if ints[_PLAIN] == 1 <= maxfds:
         owned = _new(OwnedFd)
         fds = [owned]
@@ -149,6 +149,8 @@ def target(sock: Any) -> tuple[int, float | None]:
             return fd, sock.gettimeout()
         family: int | None = int(_family(sock))
     else:
+        if type(sock) is not int and not hasattr(sock, "fileno"):
+            raise TypeError(f"a socket is wanted, not {type(sock).__name__}")
         fd = sock if type(sock) is int else sock.fileno()
         info = _syscall.probe(fd) if fd >= 0 else None
         if info is not None and info.family == _AF_UNIX:
@@ -165,8 +167,8 @@ def target(sock: Any) -> tuple[int, float | None]:
 def number_of(item: Any) -> int:
     """The number behind an int or an object with fileno(). Raises TypeError, ValueError."""
     if isinstance(item, int):
-        if item < 0:
-            raise ValueError(f"{item} is not a descriptor: it is negative")
+        if not 0 <= item <= 0x7FFFFFFF:
+            raise ValueError(f"{item} is not a descriptor: it is {'negative' if item < 0 else 'too large for an int of C'}")
         return int(item)
     if not hasattr(item, "fileno"):
         raise TypeError(f"a descriptor is an int or an object with fileno(), not {type(item).__name__}")
@@ -180,6 +182,13 @@ def _parts(buffers: Any) -> list[Any]:
     if isinstance(buffers, (bytes, bytearray, memoryview, str)):
         raise TypeError(f"buffers is an iterable of bytes-like objects, not {type(buffers).__name__}: write [data]")
     return buffers if type(buffers) is list else list(buffers)
+
+
+def _joined(parts: list[Any]) -> bytes:
+    try:
+        return b"".join(parts)
+    except TypeError:
+        return b"".join([memoryview(part).tobytes() for part in parts])
 
 
 def _flat(data: Any) -> Any:
@@ -196,6 +205,9 @@ def _is_stream(fd: int) -> bool:
 def _explain_send(error: OSError, numbers: list[int]) -> None:
     """Adds to the kernel's bare errno what it does not say."""
     if error.errno == errno.EBADF:
+        # The kernel looks at every number before it takes a byte, so looking here first would only cost time.
+        if min(numbers, default=0) < 0:
+            raise ValueError(f"{min(numbers)} is not a descriptor: it is negative; nothing was sent") from None
         for place, number in enumerate(numbers, 1):
             if kind_of(number) == "not open":
                 error.strerror = f"descriptor {number} ({place} of {len(numbers)}) is not open; nothing was sent"

@@ -250,7 +250,7 @@ def _adopt_text(text: str) -> Endpoint:
 
 def _systemd(name: str) -> Endpoint:
     count = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(r"[0-9]+", count):
         raise ValueError(f"systemd:{name}: no sockets were handed to this process (LISTEN_PID and LISTEN_FDS are not its own)")
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") if os.environ.get("LISTEN_FDNAMES") else ["unknown"] * int(count)
     places = [place for place, found in enumerate(names[: int(count)]) if found == name]

@@ -12,7 +12,7 @@ class FdPassError(Exception):
     def __new__(cls, *args: Any, **kwargs: Any) -> FdPassError:
         if cls is FdPassError:
             raise TypeError("FdPassError is abstract: raise one of its subclasses")
-        return super().__new__(cls, *args, **kwargs)
+        return super().__new__(cls)
 
 
 class ClosedError(FdPassError):
@@ -41,7 +41,9 @@ class DescriptorsLostError(FdPassError, OSError):
     """
 
     def __init__(self, text: str, needed: int, got: int, limit: int | None, data: bytes = b"", errno: int = 0) -> None:
-        super().__init__(errno, text)
+        super().__init__(text, needed, got, limit, data, errno)
+        # Not through OSError's constructor: with a __new__ of one's own it reads its arguments there, and takes ours for a file name.
+        self.errno, self.strerror = errno or None, text
         self.needed, self.got, self.limit, self.data = needed, got, limit, data
         self._text = text
 
@@ -49,7 +51,7 @@ class DescriptorsLostError(FdPassError, OSError):
         return self._text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._text, self.needed, self.got, self.limit, self.data, self.errno)
+        return type(self), (self._text, self.needed, self.got, self.limit, self.data, self.errno or 0)
 
 
 class TicketError(FdPassError):

@@ -76,9 +76,8 @@ class OwnedFd:
 
     def to_file(self, mode: str = "r", **options: Any) -> IO[Any]:
         """Hands the descriptor over to a file object; mode and options as for open(). Raises ClosedError, OSError, ValueError."""
-        file = os.fdopen(self._open("turn into a file"), mode, **options)
-        self._fd = -1
-        return file
+        name = f"<descriptor {self._open('turn into a file')}>"
+        return open(name, mode, opener=lambda name, flags: self.release(), **options)
 
     def _open(self, purpose: str) -> int:
         fd = self._fd
@@ -150,8 +149,9 @@ def socket_from(owned: OwnedFd, info: Any, cls: type[socket.socket] | None = Non
     fd = owned.release()
     try:
         socket.socket.__init__(sock, info.family, kind, info.protocol, fileno=fd)
-    except OSError:
-        owned._fd = fd
+    except BaseException:
+        if sock.fileno() < 0:
+            owned._fd = fd
         raise
     if not info.nonblocking:
         sock.setblocking(True)

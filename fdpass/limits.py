@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 
 from fdpass import _syscall
 
 
 def soft_limit() -> int:
     """The soft RLIMIT_NOFILE of this process."""
-    import resource
-
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
@@ -20,8 +19,6 @@ def raise_fd_limit(target: int = 65535) -> int:
 
     Raises TypeError or ValueError for a target that is not a positive int.
     """
-    import resource
-
     if not isinstance(target, int):
         raise TypeError(f"target is a number of descriptors (int), not {type(target).__name__}")
     if target < 1:

@@ -314,9 +314,7 @@ class WorkerGroup:
                 # It waits in the socket pair until the worker reads it, so a slow start keeps nobody waiting here.
                 ours.send(share)
                 args = tuple(self._args_for(worker.index)) if self._args_for is not None else self._args
-                process = self._context.Process(
-                    target=_work, args=(theirs, self._target, args), name=worker.name, daemon=False
-                )
+                process = self._context.Process(target=_work, args=(theirs, self._target, args), name=worker.name, daemon=False)
                 # Known before the start, so that a forked child closes our end along with the group's other descriptors.
                 worker.channel = ours
                 with _interrupt_held():
