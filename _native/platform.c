@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <string.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -138,6 +139,9 @@ int plat_probe(int fd, fdp_socket_info *info) {
         return -errno;
     info->family = name.ss_family;
     info->protocol = 0;
+    /* There is no SO_PROTOCOL to ask; these two are what the protocols of the internet families come down to. */
+    if (info->family == AF_INET || info->family == AF_INET6)
+        info->protocol = info->type == SOCK_STREAM ? IPPROTO_TCP : info->type == SOCK_DGRAM ? IPPROTO_UDP : 0;
     return 0;
 }
 
