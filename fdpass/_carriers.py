@@ -156,16 +156,22 @@ def _inherit(popen: Any, fd: int) -> Token:
 
 def _hand_over(popen: Any, box: _Outbox, fd: int) -> Token:
     if getattr(popen, "method", None) != "forkserver":
-        return ("number", popen.duplicate_for_child(fd))
+        return ("number", popen.duplicate_for_child(fd), 0, _identity(fd))
     if len(popen._fds) < FORKSERVER_DIRECT:
-        return ("index", popen.duplicate_for_child(fd))
+        return ("index", popen.duplicate_for_child(fd), 0, _identity(fd))
     ride = box.ride() if box.ride is not None else None
     if ride is None or not ride.put(fd):
         ride = _Ride(popen)
         box.ride = weakref.ref(ride)
         if not ride.put(fd):
             raise OSError(f"a new socket pair takes no descriptor ({fd})")
-    return ("ride", ride, ride.count - 1)
+    return ("ride", ride, ride.count - 1, _identity(fd))
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    """What is behind a number. It travels along: a number closed after the pickling may be another file when the child gets it."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _close_here(fd: int, pid: int) -> None:
@@ -180,7 +186,7 @@ class _Inbox:
     """What this process was started with. Open only while its arguments are being loaded."""
 
     def __init__(self) -> None:
-        self.first: dict[int, tuple[int, int]] = {}  # number -> device and inode when it was claimed first
+        self.claimed: set[int] = set()
         self.rides: dict[int, tuple[OwnedFd, list[int]]] = {}  # place -> far end, what came through it
 
     def close(self) -> None:
@@ -188,15 +194,15 @@ class _Inbox:
             end, arrived = self.rides.popitem()[1]
             end.close()
             for number in arrived:
-                if number not in self.first:
+                if number not in self.claimed:
                     os.close(number)
-        self.first.clear()
+        self.claimed.clear()
 
 
 _inbox: _Inbox | None = None
 
 
-def _claim_inherited(kind: str, place: int, seat: int = 0) -> OwnedFd:
+def _claim_inherited(kind: str, place: int, seat: int, identity: tuple[int, int]) -> OwnedFd:
     global _inbox
     from multiprocessing import process, util
 
@@ -207,13 +213,13 @@ def _claim_inherited(kind: str, place: int, seat: int = 0) -> OwnedFd:
         # multiprocessing calls it once the arguments are loaded, before the target runs.
         util.register_after_fork(_inbox, _Inbox.close)
     if kind == "number":
-        return _take_number(_inbox, place)
+        return _take_number(_inbox, place, identity)
     from multiprocessing import forkserver
 
     handed: Any = forkserver.get_inherited_fds()
     number: int = handed[place]
     if kind == "index":
-        return _take_number(_inbox, number)
+        return _take_number(_inbox, number, identity)
     if place not in _inbox.rides:
         _inbox.rides[place] = OwnedFd(number), []
     end, arrived = _inbox.rides[place]
@@ -222,22 +228,21 @@ def _claim_inherited(kind: str, place: int, seat: int = 0) -> OwnedFd:
         if not message.data:
             raise TicketError(f"{len(arrived)} descriptors came through the socket pair filled before the start, number {seat + 1} did not")
         arrived += [owned.release() for owned in message.fds]
-    return _take_number(_inbox, arrived[seat])
+    return _take_number(_inbox, arrived[seat], identity)
 
 
-def _take_number(inbox: _Inbox, number: int) -> OwnedFd:
-    before = inbox.first.get(number)
+def _take_number(inbox: _Inbox, number: int, identity: tuple[int, int]) -> OwnedFd:
     try:
-        status = os.fstat(number)
+        same = _identity(number) == identity
     except OSError:
-        if before is None:
-            raise
-        raise TicketError(f"inherited descriptor {number} was claimed and closed already") from None
-    identity = (status.st_dev, status.st_ino)
-    if before is None:
-        inbox.first[number] = identity
+        same = False
+    if not same:
+        raise TicketError(
+            f"inherited descriptor {number} is not what was pickled: it was closed before the process had started, "
+            "or claimed and closed already"
+        )
+    if number not in inbox.claimed:
+        inbox.claimed.add(number)
         return OwnedFd(number)
-    # It appears a second time: the first owner has the number itself, this one gets a duplicate, if it is still the same file.
-    if before != identity:
-        raise TicketError(f"inherited descriptor {number} was claimed and closed already")
+    # It appears a second time: the first owner has the number itself, this one gets a duplicate.
     return _own(_syscall.dup(number))

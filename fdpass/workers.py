@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing import process as mp_process
+from multiprocessing import resource_tracker
 from multiprocessing import util as _  # noqa: F401  (its exit handler must be registered before ours, see below)
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
@@ -201,6 +202,9 @@ class WorkerGroup:
             self._state = "starting"
             # Chosen once: successors start from the supervising thread, beside which fork would always look unsafe.
             self._context = get_context(self._start_method)
+            if self._context.get_start_method() != "fork":
+                # Started by the first process otherwise, and it unblocks SIGINT on its way.
+                resource_tracker.ensure_running()
             self._open()
             self._strategy.listen()
             _live.add(self)
@@ -317,17 +321,17 @@ class WorkerGroup:
                 process = self._context.Process(target=_work, args=(theirs, self._target, args), name=worker.name, daemon=False)
                 # Known before the start, so that a forked child closes our end along with the group's other descriptors.
                 worker.channel = ours
-                with _interrupt_held():
+                with _SignalsHeld():
                     process.start()
-            pid = process.pid
-            assert pid is not None
-            worker.pidfd = _pidfd(pid)
+                    # Known before a signal handler may raise again: whoever ends the group then ends this process too.
+                    worker.process, worker.pid = process, process.pid or 0
+                    worker.state, worker.was_ready, worker.deadline, worker.due = "starting", False, ready_by, None
+            worker.pidfd = _pidfd(worker.pid)
         except BaseException:
-            ours.close()
-            worker.channel = None
+            if worker.process is None:
+                ours.close()
+                worker.channel = None
             raise
-        worker.process, worker.pid = process, pid
-        worker.state, worker.was_ready, worker.deadline, worker.due = "starting", False, ready_by, None
 
     # -- the supervising thread ------------------------------------------------------------------------------------------------
 
@@ -559,6 +563,8 @@ _live: weakref.WeakSet[WorkerGroup] = weakref.WeakSet()
 
 
 def _forget_groups() -> None:
+    if _SignalsHeld.current is not None:
+        _SignalsHeld.current.restore()
     for group in list(_live):
         group._forget()
     _live.clear()
@@ -588,14 +594,52 @@ def _pidfd(pid: int) -> OwnedFd | None:
         return None
 
 
-class _interrupt_held:
-    """Starts a process with SIGINT blocked, which it inherits: a Ctrl-C during its start must not print a traceback per worker."""
+class _SignalsHeld:
+    """While a process is being started no signal handler of Python's runs: one that raises would tear the start in the middle.
+
+    What comes is delivered afterwards; the second of a kind at once, for somebody may be tired of a start that hangs.
+    SIGINT is blocked too, which the child inherits: a Ctrl-C during its start must not print a traceback per worker.
+    """
+
+    current: _SignalsHeld | None = None
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._came: list[int] = []
+        self._mask: Iterable[int] = ()
 
     def __enter__(self) -> None:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            # Elsewhere there is nothing to hold: Python runs its handlers in the main thread only.
+            if threading.current_thread() is threading.main_thread():
+                _SignalsHeld.current = self
+                for number in signal.valid_signals():
+                    handler = signal.getsignal(number)
+                    if callable(handler):
+                        self._handlers[number] = handler
+                        signal.signal(number, self._hold)
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        except BaseException:
+            self.restore()
+            raise
 
     def __exit__(self, *exc: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        self.restore()
+        for number in self._came:
+            signal.raise_signal(number)
+
+    def restore(self) -> None:
+        """Puts every handler back; a forked child does so too, where it has no mask to undo."""
+        _SignalsHeld.current = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if number in self._came:
+            signal.signal(number, self._handlers[number])
+            signal.raise_signal(number)
+        self._came.append(number)
 
 
 # -- the worker's side -------------------------------------------------------------------------------------------------------
