@@ -228,15 +228,9 @@ def _interruptible() -> Iterator[list[int]]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         nonlocal raised
         seen.append(signum)
-        if raised:
-            return
-        # SIGINT is blocked while a worker process is being started, which must not be torn; but another thread may have
-        # taken the signal, and SIGTERM is not blocked. Raised again in this thread it waits for the end of the start.
-        if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-            signal.raise_signal(signal.SIGINT)
-            return
-        raised = True
-        raise KeyboardInterrupt
+        if not raised:
+            raised = True
+            raise KeyboardInterrupt
 
     # A signal that whoever started this had ignored (nohup, a background job) stays ignored.
     taken = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) is not signal.SIG_IGN]
