@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 # Numbers from <sys/socket.h>, without the enum machinery of the socket module's attributes.
-from _socket import AF_UNIX, MSG_DONTWAIT, SOCK_STREAM
+from _socket import MSG_DONTWAIT
 
 MAX_FDS: int = lib.FDP_MAX_FDS
 FIRST_FD: int = lib.FDP_FIRST_FD
@@ -136,6 +136,10 @@ def buffer_of(size: int) -> Any:
     return _uncleared("char[]", size)
 
 
+#: What as_memory() returns.
+Memory = type(ffi.from_buffer(b""))
+
+
 def as_memory(data: Any) -> Any:
     """A C pointer to the bytes of any contiguous buffer, without a copy."""
     return ffi.from_buffer(data)
@@ -206,12 +210,6 @@ def probe(fd: int) -> Any:
     if code < 0:
         fail(code, f"asking what descriptor {fd} is")
     return info
-
-
-def is_unix_stream(fd: int) -> bool:
-    """Whether fd is an AF_UNIX stream socket. Raises OSError."""
-    info = probe(fd)
-    return info is not None and info.family == AF_UNIX and info.type == SOCK_STREAM
 
 
 def watch_start(pidfd: int, channel: int, grace: float) -> None:

@@ -69,8 +69,13 @@ def send_fds(sock: HasFileno, buffers: Iterable[Buffer], fds: Iterable[int | Has
         fd, timeout = target(sock)
     parts = buffers if type(buffers) is list else _parts(buffers)
     data: Any = parts[0] if len(parts) == 1 else _joined(parts)
-    if type(data) is not bytes:
-        data = _flat(data)
+    if type(data) is not bytes and type(data) is not _syscall.Memory:
+        memory = _flat(data)
+        try:
+            return send_fds(sock, [memory], fds, flags)
+        finally:
+            # cffi's pointer must not outlive the call in a traceback: the garbage collector crashes on it.
+            _syscall.release(memory)
     # Per call, never F_SETFL: the flag would belong to every holder of the socket.
     per_call = flags if timeout is None else flags | _DONTWAIT
     if type(fds) is list and len(fds) == 1 and type(number := fds[0]) is int and number >= 0 and len(data):

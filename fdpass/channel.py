@@ -156,14 +156,19 @@ class Channel:
             if not joined:
                 while payload:
                     # A step at a time: a timed-out send must not have promised C more than it can tell about.
-                    sent = _syscall.send(fd, _syscall.as_memory(payload[:_STEP]), [], 0, _left(deadline), "sending a frame")
+                    step = _syscall.as_memory(payload[:_STEP])
+                    try:
+                        sent = _syscall.send(fd, step, [], 0, _left(deadline), "sending a frame")
+                    finally:
+                        # Also on the way out of an error: a memoryview that such a pointer holds crashes the cycle collector.
+                        _syscall.release(step)
                     payload = payload[sent:]
         except BaseException as error:
             # An OSError is the kernel's word that nothing went; after a signal handler's exception nobody knows.
             if started or (attempted and not isinstance(error, OSError)):
                 self._broken = BrokenChannelError(f"a frame broke off while it was being sent: {error or type(error).__name__}")
                 if isinstance(error, TimeoutError):
-                    raise self._broken from error
+                    raise BrokenChannelError(*self._broken.args) from error
             raise
         finally:
             self._sending.release()
@@ -181,7 +186,8 @@ class Channel:
         if kind != _frames.OBJECT:
             for owned in owners:
                 owned.close()
-            raise ProtocolError("a plain message arrived where recv() expects an object: receive it with recv_message()")
+            self._broken = ProtocolError("a plain message arrived where recv() expects an object: receive it with recv_message()")
+            raise ProtocolError(*self._broken.args)
         claims: list[OwnedFd | None] = [*owners]
         incoming = _carriers.incoming.set(claims)
         try:
@@ -222,9 +228,10 @@ class Channel:
             inbox.close()
             if isinstance(error, TimeoutError) and inbox.started:
                 self._broken = BrokenChannelError("timed out inside a frame")
-                raise self._broken from error
+                raise BrokenChannelError(*self._broken.args) from error
             if isinstance(error, (EndOfChannel, BrokenChannelError, ProtocolError, PeerRefusedError)):
-                self._broken = error
+                # Without its traceback, which holds this channel and whatever the frames had in hand.
+                self._broken = type(error)(*error.args)
             elif inbox.started and not isinstance(error, DescriptorsLostError):
                 self._broken = BrokenChannelError(f"a frame broke off while it was being received: {error or type(error).__name__}")
             raise
@@ -336,8 +343,10 @@ class _Inbox:
             collected += bytes(min(left, _STEP))
             with memoryview(collected) as window:
                 step = _syscall.as_memory(window[have:])
-                got = self._read(scratch, step, len(step), deadline)
-                _syscall.release(step)
+                try:
+                    got = self._read(scratch, step, len(step), deadline)
+                finally:
+                    _syscall.release(step)
             del collected[have + got :]
         _syscall.pool.append(scratch)
         return collected
