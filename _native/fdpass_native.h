@@ -83,8 +83,9 @@ int fdp_ask_credentials(int sock);
 
 /* Starts a thread that never needs the interpreter: when the process behind pidfd ends, or the peer of channel closes,
  * it sends SIGTERM to this process, and after grace_ms milliseconds ends it with _exit(143). Either descriptor may be -1.
+ * Should the process close the watch's descriptors along with all others, the supervisor's pid is asked for instead.
  * Ownership: borrows both; the thread watches duplicates of its own, closed by fdp_watch_stop. At most one watch at a time (-EBUSY). */
-int fdp_watch_start(int pidfd, int channel, int grace_ms);
+int fdp_watch_start(int pidfd, int channel, int supervisor, int grace_ms);
 
 /* Ends the watch, or forgets the one of the parent process when called in a forked child (in_child = 1).
  * Ownership: consumes the duplicates that fdp_watch_start made. */

@@ -11,11 +11,13 @@
 #include <unistd.h>
 
 enum { PIDFD, CHANNEL, WAKE, WATCHED };
+enum { BLIND_MS = 500 }; /* how often a watch that lost its descriptors asks for the supervisor by its pid */
 
 static struct {
     pthread_t thread;
     int running;
     int grace_ms;
+    pid_t supervisor;
     int wake;  /* write end of the pipe that ends the thread */
     int fds[WATCHED];
 } watch = {.wake = -1, .fds = {-1, -1, -1}};
@@ -36,7 +38,7 @@ static void close_all(void) {
 
 static void *watch_supervisor(void *unused) {
     struct pollfd polled[WATCHED];
-    int i, gone = 0;
+    int i, gone = 0, blind = 0;
     (void)unused;
     for (i = 0; i < WATCHED; i++) {
         polled[i].fd = watch.fds[i];
@@ -46,23 +48,35 @@ static void *watch_supervisor(void *unused) {
     /* Orders on the channel are Python's to read: only its end concerns us, and POLLHUP is always reported. */
     polled[CHANNEL].events = 0;
     while (!gone) {
-        if (poll(polled, WATCHED, -1) < 0) {
+        if (poll(polled, WATCHED, blind ? BLIND_MS : -1) < 0) {
             if (errno == EINTR || errno == EAGAIN)
                 continue; /* all signals are blocked here: this is no loop that keeps a handler from running */
             return NULL;
         }
-        if (polled[WAKE].revents)
+        if (polled[WAKE].revents & POLLIN)
             return NULL;
-        gone = polled[PIDFD].revents || (polled[CHANNEL].revents & (POLLHUP | POLLERR));
+        gone = (polled[PIDFD].revents & POLLIN) || (polled[CHANNEL].revents & (POLLHUP | POLLERR));
+        for (i = 0; i < WATCHED; i++)
+            if (polled[i].revents & POLLNVAL) {
+                polled[i].fd = -1; /* closed by the worker, with everything else: poll would spin on it */
+                blind = 1;
+            }
+        if (blind && kill(watch.supervisor, 0) < 0 && errno == ESRCH)
+            gone = 1;
     }
     kill(getpid(), SIGTERM);
-    /* The grace ends early only when the process does, or when it ends the watch itself. */
-    if (poll(&polled[WAKE], 1, watch.grace_ms) == 0)
-        _exit(128 + SIGTERM);
-    return NULL;
+    /* The grace ends early only when the process does, or when it ends the watch itself by a byte: a wake pipe that the
+     * worker has closed along with everything else is no such word. */
+    polled[WAKE].revents = 0;
+    if (poll(&polled[WAKE], 1, watch.grace_ms) == 1) {
+        if (polled[WAKE].revents & POLLIN)
+            return NULL;
+        poll(NULL, 0, watch.grace_ms);
+    }
+    _exit(128 + SIGTERM);
 }
 
-int fdp_watch_start(int pidfd, int channel, int grace_ms) {
+int fdp_watch_start(int pidfd, int channel, int supervisor, int grace_ms) {
     sigset_t every, before;
     int ends[2], result;
     if (watch.running)
@@ -92,6 +106,7 @@ int fdp_watch_start(int pidfd, int channel, int grace_ms) {
         return result;
     }
     watch.grace_ms = grace_ms;
+    watch.supervisor = supervisor;
     /* Python's handlers run on the main thread; a signal taken by this thread would interrupt nobody's wait. */
     sigfillset(&every);
     pthread_sigmask(SIG_SETMASK, &every, &before);

@@ -23,11 +23,11 @@ class Board:
     def __init__(self, owned: OwnedFd) -> None:
         self.fd = owned
         try:
-            self._map = mmap.mmap(owned.fileno(), 0)
+            page = mmap.mmap(owned.fileno(), 0)
         except BaseException:
             owned.close()
             raise
-        words = memoryview(self._map).cast("q")
+        words = memoryview(page).cast("q")
         #: One line per worker, 8 words each.
         self.lines = [words[start : start + WORDS] for start in range(0, len(words), WORDS)]
         words.release()
@@ -36,11 +36,7 @@ class Board:
     def create(cls, workers: int) -> Board:
         """A new page, all zero. Raises OSError."""
         size = -(-workers * LINE // mmap.PAGESIZE) * mmap.PAGESIZE
-        if hasattr(os, "memfd_create"):
-            owned = OwnedFd(os.memfd_create("fdpass-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        else:
-            with tempfile.TemporaryFile() as file:
-                owned = OwnedFd(os.dup(file.fileno()))
+        owned = anonymous_file("fdpass-board")
         try:
             os.ftruncate(owned.fileno(), size)
             if hasattr(os, "memfd_create"):
@@ -54,9 +50,14 @@ class Board:
         return cls(owned)
 
     def close(self) -> None:
-        """Unmaps the page, whose lines can no longer be read, and closes the descriptor; again does nothing."""
-        for line in self.lines:
-            line.release()
-        # The map holds a duplicate of the descriptor: closing ours alone would leave the page open.
-        self._map.close()
+        """Closes the descriptor. The mapping, which holds a duplicate of it, goes with the last line that somebody still reads."""
+        self.lines = []
         self.fd.close()
+
+
+def anonymous_file(name: str) -> OwnedFd:
+    """An empty file in memory where the system has such a thing, else one without a name on disk. Raises OSError."""
+    if hasattr(os, "memfd_create"):
+        return OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    with tempfile.TemporaryFile() as file:
+        return OwnedFd(os.dup(file.fileno()))

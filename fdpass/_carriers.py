@@ -85,12 +85,14 @@ raw_reducers: dict[type | str, Callable[[Any], tuple[Any, ...]]] = {}
 
 def raw_reducer(cls: type) -> Callable[[Any], tuple[Any, ...]] | None:
     """The reducer for objects of this class or of a base of it, None when it is not ours to pickle."""
-    return _raw_reducer(cls)
+    try:
+        return _raw_reducer(cls)
+    except TypeError:  # a metaclass may make its classes unhashable
+        return _raw_reducer.__wrapped__(cls)
 
 
 @lru_cache(maxsize=256)
 def _raw_reducer(cls: Any) -> Callable[[Any], tuple[Any, ...]] | None:
-    """The reducer for objects of this class or of a base of it, None when it is not ours to pickle."""
     for base in cls.__mro__:
         reducer = raw_reducers.get(base) or raw_reducers.get(f"{base.__module__}.{base.__qualname__}")
         if reducer is not None:

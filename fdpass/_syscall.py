@@ -212,9 +212,9 @@ def probe(fd: int) -> Any:
     return info
 
 
-def watch_start(pidfd: int, channel: int, grace: float) -> None:
+def watch_start(pidfd: int, channel: int, supervisor: int, grace: float) -> None:
     """Ends this process when the supervisor ends: see fdp_watch_start. grace: seconds. Raises OSError."""
-    code = lib.fdp_watch_start(pidfd, channel, int(grace * 1000))
+    code = lib.fdp_watch_start(pidfd, channel, supervisor, int(grace * 1000))
     if code < 0:
         fail(code, "starting the watch on the supervisor")
 

@@ -89,8 +89,10 @@ class Listener:
         self._sock, self._line, self._channel = sock, line, channel
         self._index, self._strategy = index, strategy
         self._exclusive, self._rotate, self._report = exclusive, rotate, report
-        self._lock = threading.Lock()
-        self._told = self._drained = self._looked = self._queued = self._accepting = False
+        # Re-entrant: SIGTERM's handler drains, and may come while this very thread holds it.
+        self._lock = threading.RLock()
+        self._told = self._drained = self._queued = self._accepting = False
+        self._looked: set[int] = set()
         self._reported = 0.0
         self._spare = -1
         self._wake_read, self._wake_write = os.pipe()
@@ -231,10 +233,17 @@ class Listener:
                 self._events.unregister(self._sock.fileno())
 
     def _last_look(self) -> bool:
-        """True once, after the drain of a listener that was in the queue."""
+        """True once for every thread that accepts."""
+        thread = threading.get_ident()
         with self._lock:
-            look, self._looked = not self._looked, True
+            look = thread not in self._looked and self._sock.fileno() >= 0
+            self._looked.add(thread)
         return look
+
+    def _uncount(self) -> None:
+        """In a forked child: the board is the parent's, and so was whoever held the lock."""
+        self._lock = threading.RLock()
+        self._line = list(self._line)
 
     def _count(self, word: int, step: int) -> None:
         with self._lock:
@@ -260,19 +269,14 @@ class Listener:
             self.drain()
 
     def _close(self) -> None:
-        """At the worker's end: the last counts, then everything it holds."""
+        """At the worker's end: the last counts, then the listening socket. What threads may still wait on goes with the process."""
         self.drain()
-        self._looked = True
-        if self._report:
-            self._tell(("counts", self._line[ACCEPTED], self._line[OPEN]))
-        # The board goes; connections that outlive the listener are counted nowhere.
-        self._line = list(self._line)
-        if hasattr(self._events, "close"):
-            self._events.close()
-        for end in (self._wake_read, self._wake_write, self._spare):
-            if end >= 0:
-                os.close(end)
-        self._sock.close()
+        with self._lock:
+            if self._report:
+                self._tell(("counts", self._line[ACCEPTED], self._line[OPEN]))
+            # The board goes; connections that outlive the listener are counted nowhere.
+            self._line = list(self._line)
+            self._sock.close()
 
 
 _EXCLUSIVE: int = getattr(select, "EPOLLEXCLUSIVE", 0)

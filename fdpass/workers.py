@@ -6,23 +6,26 @@ One thread of the supervisor does all the watching; every change of a group's st
 from __future__ import annotations
 
 import atexit
+import mmap
+import multiprocessing.util  # noqa: F401  (its exit handler must be registered before ours, see below)
 import os
 import select
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing import process as mp_process
-from multiprocessing import resource_tracker
-from multiprocessing import util as _  # noqa: F401  (its exit handler must be registered before ours, see below)
-from time import monotonic, monotonic_ns
+from multiprocessing.reduction import ForkingPickler
+from time import monotonic, monotonic_ns, sleep
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _syscall, strategies
-from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, WORDS, Board
+from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, WORDS, Board, anonymous_file
 from fdpass.ancillary import why_no_passing
 from fdpass.channel import Channel, Pipe
 from fdpass.endpoint import Endpoint, listen
@@ -84,6 +87,7 @@ class _Worker:
         self.restarts = 0
         self.unready = 0  # successors in a row that were never ready
         self.was_ready = False
+        self.muted = False  # it said something that could not be understood
         self.deadline: float | None = None  # by when it must be ready
         self.due: float | None = None  # when its successor starts
 
@@ -151,7 +155,8 @@ class WorkerGroup:
             raise ValueError(f"restart {restart!r} is none of {', '.join(RESTARTS)}")
         if start_method is not None and start_method not in METHODS:
             raise ValueError(f"start_method {start_method!r} is none of {', '.join(METHODS)}")
-        if args_for is not None and tuple(args):
+        args = tuple(args)
+        if args_for is not None and args:
             raise ValueError("args and args_for exclude each other")
         if backlog < 1:
             raise ValueError(f"backlog is at least 1, not {backlog}")
@@ -160,16 +165,23 @@ class WorkerGroup:
         if not isinstance(address, (str, Endpoint)):
             raise TypeError(f"address is text or an Endpoint of listen(), not {type(address).__name__}")
         self._strategy = strategies.choose(strategy, order)
-        self._target, self._args, self._args_for, self._name = target, tuple(args), args_for, name
+        self._target, self._args, self._args_for, self._name = target, args, args_for, name
         self._restart, self._start_method = restart, start_method
         self._start_timeout, self._stop_timeout = start_timeout, stop_timeout
         self._workers = [_Worker(index, f"{name}-{index}") for index in range(workers)]
         self._pid = os.getpid()
-        self._changed = threading.Condition(threading.RLock())
+        # The lock itself goes into with statements: Condition.__enter__ is Python, and a signal handler that raised in it would
+        # leave the lock held for ever. Re-entrant, because a handler may call stop() or stats() while its thread holds it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._failure: WorkerDied | None = None
-        self._started_at: deque[float] = deque(maxlen=RESTART_LIMIT)
+        self._restart_limit = max(RESTART_LIMIT, 4 * workers)
+        self._started_at: deque[float] = deque(maxlen=self._restart_limit)
         self._stop_by: float | None = None
         self._thread: threading.Thread | None = None
+        self._finished = False  # the supervising thread has done its last
+        self._trouble: BaseException | None = None  # what ended the start, or the thread, that was no worker's death
+        self._ready_by = 0.0
         self._board: Board | None = None
         self._lines: list[Any] = [[0] * WORDS] * workers  # of the board while it is open, else what it said last
         self._self_pidfd: OwnedFd | None = None
@@ -193,37 +205,58 @@ class WorkerGroup:
         """Listens, starts every worker and returns when all are ready.
 
         Raises WorkerDied when one ends before it is ready, TimeoutError after start_timeout seconds; then no process and no
-        socket of the group is left. RuntimeError when the group was started before.
+        socket of the group is left. ClosedError when it was stopped meanwhile, RuntimeError when it was started before.
         """
-        if self._state != "new":
-            raise RuntimeError(f"a group starts once; this one is {self._state}")
-        deadline = monotonic() + self._start_timeout
-        try:
+        with self._lock:
+            if self._state != "new":
+                raise RuntimeError(f"a group starts once; this one is {self._state}")
             self._state = "starting"
+        self._ready_by = monotonic() + self._start_timeout
+        try:
             # Chosen once: successors start from the supervising thread, beside which fork would always look unsafe.
             self._context = get_context(self._start_method)
-            if self._context.get_start_method() != "fork":
-                # Started by the first process otherwise, and it unblocks SIGINT on its way.
+            method = self._context.get_start_method()
+            # Here, where no signal is blocked: the two live on, and every other process of the program inherits from them.
+            if method != "fork":
                 resource_tracker.ensure_running()
-            self._open()
-            self._strategy.listen()
-            _live.add(self)
-            for worker in self._workers:
-                self._launch(worker, deadline)
-            self._thread = threading.Thread(target=self._supervise, name=f"{OWN_THREADS}supervisor-{self._name}", daemon=True)
-            self._thread.start()
-            with self._changed:
-                while self._failure is None and any(worker.state == "starting" for worker in self._workers):
-                    if not self._changed.wait(max(0.0, deadline - monotonic())) and monotonic() >= deadline:
-                        late = [worker.name for worker in self._workers if worker.state == "starting"]
+            if method == "forkserver":
+                forkserver.ensure_running()
+            # SIGINT is blocked in it as well, which the thread keeps and the processes that either starts inherit.
+            with _SignalsHeld(), self._lock:
+                self._open()
+                self._strategy.listen()
+                _live.add(self)
+                for worker in self._workers:
+                    worker.due = monotonic()
+                if method == "fork":
+                    # Before the supervising thread exists: CPython warns of a fork beside another thread.
+                    self._launch_due()
+                self._thread = threading.Thread(target=self._supervise, name=f"{OWN_THREADS}supervisor-{self._name}", daemon=True)
+                self._thread.start()
+            with self._lock:
+                while self._state == "starting" and not self._settled():
+                    left = self._ready_by - monotonic()
+                    if left <= 0:
+                        late = [worker.name for worker in self._workers if worker.state != "ready"]
                         raise TimeoutError(f"{', '.join(late)} not ready {self._start_timeout} s after the start")
+                    self._changed.wait(left)
+                if self._trouble is not None:
+                    raise self._trouble
                 if self._failure is not None:
                     raise self._failure
+                if self._stop_by is not None:
+                    raise ClosedError("the group was stopped while it was starting")
                 if self._state == "starting":  # all may have served and ended by now
                     self._state = "running"
         except BaseException:
             self._end_now()
             raise
+
+    def _settled(self) -> bool:
+        """Whether start() has nothing more to wait for."""
+        if self._trouble is not None or self._failure is not None or self._stop_by is not None:
+            return True
+        return all(worker.due is None and worker.state != "starting" for worker in self._workers)
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when every worker has ended by itself with exit status 0, or the group was stopped.
@@ -232,33 +265,38 @@ class WorkerGroup:
         that gets no successor, TimeoutError.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        with self._changed:
+        with self._lock:
             self._demand_started()
-            while self._failure is None and self._state not in ("ended", "stopped"):
+            while self._failure is None and self._trouble is None and self._state not in ("ended", "stopped"):
                 left = None if deadline is None else deadline - monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError(f"the group {self._name} still runs after {timeout} s")
                 self._changed.wait(left)
             if self._failure is not None:
                 raise self._failure
+            if self._trouble is not None:
+                raise self._trouble
 
     def stop(self, timeout: float | None = None) -> None:
         """Drains, sends SIGTERM, and SIGKILL to whatever still runs after timeout seconds (None: stop_timeout); returns when all ended.
 
-        The listening sockets are closed and a unix: file removed. Again, or in a forked child, does nothing.
+        The listening sockets are closed and a unix: file removed. Again, or in a forked child, does nothing. It may come from any
+        thread and from a signal handler; a start() that is under way ends with ClosedError.
         """
-        if self._pid != os.getpid() or self._state in ("stopped", "new"):
-            if self._state == "new":
-                self._close()
+        if self._pid != os.getpid():
             return
         limit = self._stop_timeout if timeout is None else timeout
         try:
-            with self._changed:
+            with self._lock:
+                if self._state in ("new", "stopped"):
+                    self._close()
+                    return
                 by = monotonic() + limit
                 self._stop_by = by if self._stop_by is None else min(by, self._stop_by)
+                if self._thread is None:
+                    return  # called by a signal handler in the middle of start(), which sees it and ends
             self._poke()
-            if self._thread is not None:
-                self._thread.join()
+            self._await_thread()
         except BaseException:
             self._end_now()
             raise
@@ -266,10 +304,11 @@ class WorkerGroup:
 
     def stats(self) -> list[WorkerStats]:
         """One line per worker, read from the board without asking the workers."""
-        with self._changed:
+        with self._lock:
             found = []
+            lines = self._lines
             for worker in self._workers:
-                line = self._lines[worker.index]
+                line = lines[worker.index]
                 age = (monotonic_ns() - line[HEARTBEAT]) / 1e9 if line[HEARTBEAT] else None
                 who = (worker.index, worker.name, worker.pid, worker.state, worker.exitcode)
                 found.append(WorkerStats(*who, line[ACCEPTED], line[OPEN], worker.restarts, age))
@@ -280,7 +319,7 @@ class WorkerGroup:
         return -1 if self._over is None else self._over[0].fileno()
 
     def __enter__(self) -> Self:
-        if self._state == "new":
+        if self._state not in ("running", "ended"):
             self.start()
         return self
 
@@ -318,14 +357,16 @@ class WorkerGroup:
                 # It waits in the socket pair until the worker reads it, so a slow start keeps nobody waiting here.
                 ours.send(share)
                 args = tuple(self._args_for(worker.index)) if self._args_for is not None else self._args
-                process = self._context.Process(target=_work, args=(theirs, self._target, args), name=worker.name, daemon=False)
+                cargo = _Cargo((self._target, args))
+                process = self._context.Process(target=_work, args=(theirs, cargo), name=worker.name, daemon=False)
                 # Known before the start, so that a forked child closes our end along with the group's other descriptors.
-                worker.channel = ours
-                with _SignalsHeld():
+                worker.channel, worker.muted = ours, False
+                try:
                     process.start()
-                    # Known before a signal handler may raise again: whoever ends the group then ends this process too.
                     worker.process, worker.pid = process, process.pid or 0
                     worker.state, worker.was_ready, worker.deadline, worker.due = "starting", False, ready_by, None
+                finally:
+                    cargo.close()
             worker.pidfd = _pidfd(worker.pid)
         except BaseException:
             if worker.process is None:
@@ -339,82 +380,91 @@ class WorkerGroup:
         try:
             while self._turn():
                 pass
+        except BaseException as error:
+            # Whatever it is, workers that nobody watches must not stay.
+            with self._lock:
+                self._trouble = self._trouble or error
+                self._kill_rest()
         finally:
-            with self._changed:
+            with self._lock:
+                # Nobody accepts any more: clients are refused from now on, instead of waiting for ever.
+                self._strategy.close()
+                self._endpoint.close()
+                self._finished = True
                 if self._state != "stopped":
                     self._state = "ended"
                 self._signal_over()
                 self._changed.notify_all()
 
     def _turn(self) -> bool:
-        """Waits for the next event and deals with it; False when nothing is left to do."""
+        """Starts what is due, then waits for the next event and deals with it; False when nothing is left to do."""
         assert self._wake is not None
         poll = select.poll()
         poll.register(self._wake[0].fileno(), select.POLLIN)
         places: dict[int, tuple[_Worker, str]] = {}
-        with self._changed:
-            for worker in self._workers:
-                if worker.process is not None:
-                    ends = worker.pidfd.fileno() if worker.pidfd is not None else worker.process.sentinel
-                    places[ends] = worker, "ended"
-                if worker.channel is not None:
-                    places[worker.channel.fileno()] = worker, "spoke"
-            times = [worker.due for worker in self._workers if worker.due is not None]
-            times += [
-                worker.deadline for worker in self._workers if worker.alive and worker.deadline is not None and self._state == "running"
-            ]
-            times += [self._stop_by] if self._stop_by is not None else []
-        for fd in places:
-            poll.register(fd, select.POLLIN)
-        left = max(0.0, min(times) - monotonic()) if times else None
-        events = poll.poll(None if left is None else left * 1000 + 1)
-        with self._changed:
-            # What a worker said comes before how it ended: a ready worker that dies at once was ready.
-            for fd, _ in sorted(events, key=lambda event: places.get(event[0], (None, "woken"))[1] != "spoke"):
-                if fd not in places:
-                    os.read(fd, 4096)
-                    continue
-                worker, what = places[fd]
-                if what == "spoke":
-                    self._hear(worker)
-                else:
-                    self._bury(worker)
+        with self._lock:
             if self._stop_by is not None:
                 self._bring_down()
             else:
                 self._launch_due()
             self._changed.notify_all()
-            if any(worker.alive for worker in self._workers):
-                return True
-            return self._stop_by is None and any(worker.due is not None for worker in self._workers)
+            if not any(worker.alive or worker.due is not None for worker in self._workers):
+                return False
+            for worker in self._workers:
+                if worker.process is not None:
+                    ends = worker.pidfd.fileno() if worker.pidfd is not None else worker.process.sentinel
+                    places[ends] = worker, "ended"
+                if worker.channel is not None and not worker.muted:
+                    places[worker.channel.fileno()] = worker, "spoke"
+            times = [worker.due for worker in self._workers if worker.due is not None]
+            if self._state == "running":
+                times += [worker.deadline for worker in self._workers if worker.alive and worker.deadline is not None]
+            if self._stop_by is not None:
+                times.append(self._stop_by)
+        for fd in places:
+            poll.register(fd, select.POLLIN)
+        left = max(0.0, min(times) - monotonic()) if times else None
+        events = poll.poll(None if left is None else left * 1000 + 1)
+        with self._lock:
+            # What a worker said comes before how it ended: a ready worker that dies at once was ready.
+            for fd, _ in sorted(events, key=lambda event: places.get(event[0], (None, "woken"))[1] != "spoke"):
+                if fd not in places:
+                    os.read(fd, 4096)
+                elif places[fd][1] == "spoke":
+                    self._hear(places[fd][0])
+                else:
+                    self._bury(places[fd][0])
+        return True
 
     def _hear(self, worker: _Worker) -> None:
-        """Reads what a worker says; a worker that says nonsense is only not listened to, its end is seen by the pidfd."""
-        if worker.channel is None:
+        """Reads what a worker says. One that says nonsense is not listened to any more; its end is seen by the pidfd.
+
+        Its channel stays open: the worker takes the end of it for the end of its supervisor.
+        """
+        if worker.channel is None or worker.muted:
             return
         try:
-            while worker.channel.poll():
+            # A bounded number at a time: a worker that floods must not keep the others from being heard.
+            for _ in range(16):
+                if not worker.channel.poll():
+                    return
                 what, *values = worker.channel.recv(timeout=1.0)
                 if what == "ready" and worker.state == "starting":
                     worker.state, worker.was_ready, worker.deadline, worker.unready = "ready", True, None, 0
                 elif what == "counts" and not self._passing:
                     self._lines[worker.index][ACCEPTED], self._lines[worker.index][OPEN] = values
-        except (FdPassError, EOFError, OSError):
-            worker.channel.close()
-            worker.channel = None
+        except Exception:  # anything at all can come out of loading what a worker sent
+            worker.muted = True
 
     def _bury(self, worker: _Worker) -> None:
         """A worker's process ended: its true exit status, and what follows from it."""
         process = worker.process
         assert process is not None
         self._hear(worker)
-        process.join()
-        code = worker.exitcode = process.exitcode
+        code = worker.exitcode = _exit_status(process)
         pid, told = worker.pid, worker.state == "stopping"
         worker.process, worker.state, worker.deadline = None, "ended", None
         worker.close()
-        if code is not None:  # None: somebody else waited for it, and multiprocessing takes it for running
-            process.close()
         self._lines[worker.index][OPEN] = 0
         if told or self._stop_by is not None:
             return
@@ -440,8 +490,8 @@ class WorkerGroup:
             worker.unready += 1
             if worker.unready > NEVER_READY_LIMIT:
                 enough = f"{worker.unready} in a row were never ready"
-        if len(self._started_at) == RESTART_LIMIT and now - self._started_at[0] < RESTART_WINDOW:
-            enough = f"{RESTART_LIMIT} successors were started within {RESTART_WINDOW:g} s"
+        if len(self._started_at) == self._restart_limit and now - self._started_at[0] < RESTART_WINDOW:
+            enough = f"{self._restart_limit} successors were started within {RESTART_WINDOW:g} s"
         if enough:
             detail = f"{died.detail}; {enough}" if died.detail else enough
             self._fail(WorkerDied(died.name, died.pid, died.exitcode, f"{detail}; no more successors"))
@@ -449,27 +499,34 @@ class WorkerGroup:
         worker.due = now if worker.was_ready else now + min(BACKOFF * 2 ** (worker.unready - 1), BACKOFF_MAX)
 
     def _launch_due(self) -> None:
-        now = monotonic()
+        """Starts every worker whose time has come; at the group's start, all."""
         for worker in self._workers:
+            now = monotonic()
             if worker.alive and worker.deadline is not None and self._state == "running" and now >= worker.deadline:
                 # A successor that hangs in its start: it counts as one that was never ready.
                 worker.deadline = None
                 self._kill(worker, signal.SIGKILL)
-            if worker.due is not None and now >= worker.due and self._failure is None:
-                worker.due = None
-                worker.restarts += 1
-                self._started_at.append(now)
-                try:
-                    self._launch(worker, now + self._start_timeout)
-                except Exception as error:
-                    worker.was_ready = False
-                    detail = f"its successor could not be started: {error}"
-                    self._succeed(worker, WorkerDied(worker.name, worker.pid, worker.exitcode, detail))
+            if worker.due is None or now < worker.due or self._stop_by is not None:
+                continue
+            worker.due = None
+            if worker.pid == 0:
+                self._launch(worker, self._ready_by)  # what it raises ends the start
+                continue
+            worker.restarts += 1
+            self._started_at.append(now)
+            try:
+                self._launch(worker, now + self._start_timeout)
+            except Exception as error:
+                worker.was_ready = False
+                detail = f"its successor could not be started: {error}"
+                self._succeed(worker, WorkerDied(worker.name, worker.pid, worker.exitcode, detail))
 
     def _fail(self, died: WorkerDied) -> None:
         if self._failure is None:
             self._failure = died
             self._signal_over()
+        for worker in self._workers:
+            worker.due = None
         if self._strategy.held and self._stop_by is None:
             # A held socket without a worker is a black hole for its share of the connections: better refused than swallowed.
             self._stop_by = monotonic() + self._stop_timeout
@@ -502,8 +559,8 @@ class WorkerGroup:
                 signal.pidfd_send_signal(worker.pidfd.fileno(), number)
             else:
                 os.kill(worker.pid, number)
-        except ProcessLookupError:
-            pass
+        except OSError:
+            pass  # it has ended, or it is no longer ours to signal: either way its end is waited for
 
     def _poke(self) -> None:
         if self._wake is not None and self._wake[1].fileno() >= 0:
@@ -517,29 +574,42 @@ class WorkerGroup:
 
     def _end_now(self) -> None:
         """After a failed start, or an interrupted stop: every process is killed and collected, every socket closed."""
-        with self._changed:
+        with self._lock:
             self._stop_by = monotonic()
-        if self._thread is not None and self._thread.ident is not None:
-            self._poke()
-            self._thread.join()
-        else:
-            for worker in self._workers:
-                if worker.process is not None:
-                    self._kill(worker, signal.SIGKILL)
-                    self._bury(worker)
+            if self._thread is None:
+                self._kill_rest()
+        self._poke()
+        self._await_thread()
         self._close()
 
+    def _await_thread(self) -> None:
+        # Not Thread.join(): interrupted by an exception, CPython 3.11 takes a thread that runs for one that ended. And wait()
+        # gives the lock up however often this thread holds it: a signal handler may have come while it did.
+        with self._lock:
+            while self._thread is not None and not self._finished:
+                self._changed.wait()
+
+    def _kill_rest(self) -> None:
+        """Where no supervising thread does it."""
+        for worker in self._workers:
+            worker.due = None
+            if worker.process is not None:
+                worker.state = "stopping"
+                self._kill(worker, signal.SIGKILL)
+                self._bury(worker)
+
     def _close(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._state == "stopped":
                 return
-            self._state = "stopped"
             self._signal_over()
             self._strategy.close()
             self._endpoint.close()
             self._lines = [list(line) for line in self._lines]
             self._release()
             _live.discard(self)
+            # Last: an interrupted close is finished by the next one.
+            self._state = "stopped"
             self._changed.notify_all()
 
     def _demand_started(self) -> None:
@@ -548,9 +618,13 @@ class WorkerGroup:
 
     def _forget(self) -> None:
         """In a forked child: closes what is the supervisor's alone, so that no child keeps a port or a control channel alive."""
+        self._lines = [[0] * WORDS] * len(self._workers)
         self._release()
         self._strategy.close()
         self._endpoint.close()
+        # Another thread of the parent may have held the lock at the fork.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._state = "stopped"
 
     def _release(self) -> None:
@@ -572,7 +646,10 @@ def _forget_groups() -> None:
 
 def _stop_groups() -> None:
     for group in list(_live):
-        group.stop()
+        try:
+            group.stop()
+        except Exception as error:  # one that fails to stop must not keep the others running
+            warnings.warn(f"{group!r} could not be stopped at exit: {error}", RuntimeWarning, stacklevel=1)
 
 
 os.register_at_fork(after_in_child=_forget_groups)
@@ -590,12 +667,64 @@ def _pidfd(pid: int) -> OwnedFd | None:
         return None
     try:
         return OwnedFd(os.pidfd_open(pid))
-    except ProcessLookupError:  # a fork server's child that ended at once was collected by the fork server
+    except OSError:  # no descriptor to spare, or a fork server's child that ended at once and was collected: the sentinel must do
         return None
 
 
+def _exit_status(process: BaseProcess) -> int | None:
+    """The status of a process that has ended, collected; None when somebody else collected it or nobody tells."""
+    # Only a fork server that was stopped or killed keeps this waiting: the end of the process itself is known.
+    process.join(1.0)
+    # Another thread that uses multiprocessing may have collected it a moment ago and be about to write it down.
+    for _ in range(100):
+        if process.exitcode is not None:
+            break
+        sleep(0.001)
+    code = process.exitcode
+    if code is None:
+        # multiprocessing takes it for running, and would keep its two pipes, and wait for it at exit.
+        mp_process._children.discard(process)  # type: ignore[attr-defined]
+        process._popen.close()  # type: ignore[attr-defined]
+    else:
+        process.close()
+    return code
+
+
+class _Cargo:
+    """What a worker is to run, as an argument of its process. Pickled while the process is being started, so that all that
+    multiprocessing passes to a child passes; a large pickle goes into a file without a name, because CPython writes arguments
+    into a pipe and waits for ever on one that its reader does not empty."""
+
+    INLINE = 1 << 15
+
+    def __init__(self, content: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+        self.content = content
+        self._file: OwnedFd | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        pickled = ForkingPickler.dumps(self.content)
+        if len(pickled) <= self.INLINE:
+            return _unpack_cargo, (bytes(pickled), None)
+        self._file = anonymous_file("fdpass-arguments")
+        with open(self._file.fileno(), "wb", closefd=False) as file:
+            file.write(pickled)
+        return _unpack_cargo, (b"", self._file)
+
+    def close(self) -> None:
+        """Closes the file, once the process was started."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _unpack_cargo(pickled: bytes, owned: OwnedFd | None) -> _Cargo:
+    if owned is None:
+        return _Cargo(ForkingPickler.loads(pickled))
+    with owned, mmap.mmap(owned.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _Cargo(ForkingPickler.loads(content))
+
+
 class _SignalsHeld:
-    """While a process is being started no signal handler of Python's runs: one that raises would tear the start in the middle.
+    """While processes are being started no signal handler of Python's runs: one that raises would tear the start in the middle.
 
     What comes is delivered afterwards; the second of a kind at once, for somebody may be tired of a start that hangs.
     SIGINT is blocked too, which the child inherits: a Ctrl-C during its start must not print a traceback per worker.
@@ -645,8 +774,11 @@ class _SignalsHeld:
 # -- the worker's side -------------------------------------------------------------------------------------------------------
 
 
-def _work(channel: Channel, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(channel: Channel, cargo: _Cargo) -> None:
     """What runs in the worker's process."""
+    target, args = cargo.content
+    # A supervisor that runs asyncio left its own, by fork: our signals would run its handlers.
+    signal.set_wakeup_fd(-1)
     # The supervisor decides when to end; a target that wants the terminal's SIGINT installs a handler of its own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -654,13 +786,13 @@ def _work(channel: Channel, target: Callable[..., Any], args: tuple[Any, ...]) -
     pidfd, board = share.pop("pidfd", None), share.pop("board", None)
     if pidfd is None and hasattr(os, "pidfd_open") and sys.platform == "linux":
         pidfd = OwnedFd(os.pidfd_open(share["supervisor"]))
-    _syscall.watch_start(-1 if pidfd is None else pidfd.fileno(), channel.fileno(), GRACE)
-    os.register_at_fork(after_in_child=_forget_watch)
+    _syscall.watch_start(-1 if pidfd is None else pidfd.fileno(), channel.fileno(), share["supervisor"], GRACE)
     if pidfd is not None:
         pidfd.close()
     reports = board is None
     page = Board.create(share["index"] + 1) if board is None else Board(board)
     listener = strategies.open_share(share, page.lines[share["index"]], channel, reports)
+    os.register_at_fork(after_in_child=lambda: _in_forked_child(listener))
     signal.signal(signal.SIGTERM, _Terminate(listener))
     try:
         target(listener, *args)
@@ -692,8 +824,10 @@ class _Terminate:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _forget_watch() -> None:
+def _in_forked_child(listener: Listener) -> None:
+    """In a process that a worker forks: it has a parent of its own, and its connections are counted nowhere."""
     _syscall.watch_stop(in_child=True)
+    listener._uncount()
 
 
 # -- several groups and foreign processes ------------------------------------------------------------------------------------
@@ -706,9 +840,11 @@ def wait_for_completion_or_failure(*watched: Any, timeout: float | None = None) 
     exit status or signal, TimeoutError (nothing is stopped then), TypeError, ValueError for a process that was not started.
     Foreign processes are not ended: they are their owner's.
     """
-    waiting = {item: _Watched(item) for item in watched}
+    waiting: dict[Any, _Watched] = {}
     deadline = None if timeout is None else monotonic() + timeout
     try:
+        for item in watched:
+            waiting[item] = _Watched(item)
         while waiting:
             left = None if deadline is None else deadline - monotonic()
             poll = select.poll()
@@ -758,7 +894,7 @@ class _Watched:
 
     def over(self) -> bool:
         if isinstance(self.item, WorkerGroup):
-            return self.item._failure is not None or self.item._state in ("ended", "stopped")
+            return self.item._failure is not None or self.item._trouble is not None or self.item._state in ("ended", "stopped")
         if isinstance(self.item, subprocess.Popen):
             return self.item.poll() is not None
         # The sentinel closes a little before the process can be waited for; join() waits for the rest.

@@ -178,8 +178,50 @@ def threads(listener: fdpass.Listener, count: int) -> None:
         worker.join()
 
 
+class Dies:
+    """Ends the process that loads it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (9,)
+
+
+class Explodes:
+    """Raises in the process that loads it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return eval, ("1 / 0",)
+
+
+def talks_nonsense(listener: fdpass.Listener, kind: str) -> None:
+    listener.ready()
+    channel = listener._channel
+    assert channel is not None
+    if kind == "number":
+        channel.send(5)
+    elif kind == "explosion":
+        channel.send(Explodes())
+    elif kind == "garbage":
+        os.write(channel.fileno(), b"garbage!" * 10)
+    elif kind == "half":
+        os.write(channel.fileno(), b"f")
+    elif kind == "flood":
+        for _ in range(500):
+            channel.send(("ready",))
+    else:
+        channel.close()
+        threading.Event().wait()
+    answer(listener)
+
+
+def measure(listener: fdpass.Listener, data: bytes) -> None:
+    for conn, _ in listener:
+        with conn:
+            conn.sendall(str(len(data)).encode())
+
+
 def mixed(listener: fdpass.Listener) -> None:
-    """Worker 0 computes in Python for ever, worker 1 sits in a C call that holds the GIL, the others accept."""
+    """Worker 0 computes in Python for ever, worker 1 sits in a C call that holds the GIL, worker 2 computes, ignores SIGTERM and
+    has closed everything, the others accept."""
     listener.ready()
     if listener.index == 0:
         while True:
@@ -189,18 +231,25 @@ def mixed(listener: fdpass.Listener) -> None:
         mutex = ctypes.create_string_buffer(256)
         ctypes.PyDLL(None).pthread_mutex_lock(mutex)
         ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+    if listener.index == 2:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.closerange(3, 4096)
+        while True:
+            pass
     answer(listener)
 
 
 def forks(listener: fdpass.Listener) -> None:
-    """Each worker has a forked child of its own, which outlives it for as long as the pipe in its hands is open."""
+    """Each connection gets a forked child, which closes it too, when the client does."""
     for conn, _ in listener:
         with conn:
             pid = os.fork()
             if pid == 0:
+                conn.sendall(b"child")
                 select.select([conn], [], [])
+                conn.close()
                 os._exit(0)
-            conn.sendall(f"{os.getpid()} {pid}".encode())
+            os.waitpid(pid, 0)
 
 
 def tell_limits(listener: fdpass.Listener) -> None:

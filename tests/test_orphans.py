@@ -16,7 +16,7 @@ import os, signal, sys
 sys.path.insert(0, {here!r})
 import fdpass, group_targets
 if __name__ == "__main__":
-    group = fdpass.WorkerGroup(group_targets.mixed, "127.0.0.1:0", workers=3, start_method={method!r})
+    group = fdpass.WorkerGroup(group_targets.mixed, "127.0.0.1:0", workers=4, start_method={method!r})
     group.start()
     # An unrelated sibling, forked behind Python's back, so that it keeps every descriptor of the supervisor.
     import ctypes
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_go_when_the_supervisor_is_killed(method: str, tmp_path: Path) -> None:
-    """One computes in Python, one sits in a C call that holds the GIL, one accepts; a forked sibling lives on."""
+    """One computes, one sits in a C call that holds the GIL, one has closed the very watch, one accepts; a forked sibling lives on."""
     script = tmp_path / "supervisor.py"
     script.write_text(SUPERVISOR.format(here=str(Path(__file__).parent), method=method))
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as supervisor:

@@ -306,16 +306,129 @@ def test_an_unguarded_main_is_told_what_is_wrong(tmp_path: Path) -> None:
     assert "put the code that makes it under  if __name__ == '__main__':" in done.stderr
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_large_arguments_arrive(method: str) -> None:
+    with group(targets.measure, 2, args=(b"x" * 3_000_000,), start_method=method) as running:
+        assert talk(running.endpoint) == "3000000"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_large_arguments_whose_reader_dies_do_not_hang_the_start(method: str) -> None:
+    with pytest.raises(fdpass.WorkerDied, match=r"exited with code 9: it was never ready"):
+        group(targets.measure, 2, args=(targets.Dies(), b"x" * 3_000_000), start_method=method).start()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("by", ["handler", "thread"])
+def test_a_stop_during_the_start_ends_it(by: str, method: str) -> None:
+    running = group(targets.never_ready, 2, start_method=method)
+    fired = threading.Event()
+
+    def stop(*_: object) -> None:
+        fired.set()
+        running.stop()
+
+    def when_launched() -> None:
+        until(lambda: running.stats()[1].state == "starting" and running._thread is not None)
+        if by == "thread":
+            stop()
+        else:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    helper = threading.Thread(target=when_launched, name="fdpass-test")  # so named, fork does not count it as a hazard
+    try:
+        helper.start()
+        with pytest.raises(fdpass.ClosedError, match="stopped while it was starting"):
+            running.start()
+        helper.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert fired.is_set()
+    with pytest.raises(RuntimeError, match="starts once"):
+        running.start()
+
+
+# -- strange workers and busy programs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["number", "explosion", "garbage", "half", "flood", "close"])
+def test_what_a_worker_says_harms_nobody(kind: str) -> None:
+    with group(targets.talks_nonsense, 2, args_for=lambda index: (kind if index == 0 else "flood",)) as running:
+        while ask(running.endpoint)[0] != "1":
+            pass
+        os.kill(running.stats()[1].pid, signal.SIGKILL)  # the group still sees what happens to its workers
+        with pytest.raises(fdpass.WorkerDied, match=r"worker-1 .* SIGKILL"):
+            running.wait()
+    assert running.stats()[0].exitcode in (0, -signal.SIGTERM)
+
+
+def test_a_handler_that_stops_the_group_may_come_at_any_moment() -> None:
+    for _ in range(10):
+        running = group(targets.answer, 2, start_method="forkserver")
+        before = signal.signal(signal.SIGALRM, lambda *_, running=running: running.stop())
+        try:
+            running.start()
+            signal.setitimer(signal.ITIMER_REAL, 0.002)
+            until(lambda running=running: {one.state for one in running.stats()} == {"ended"})
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        running.stop()
+        assert [one.exitcode for one in running.stats()] == [0, 0]
+
+
+def test_exit_status_is_true_beside_a_thread_that_collects_children() -> None:
+    import multiprocessing
+
+    done = threading.Event()
+
+    def collect() -> None:
+        while not done.is_set():
+            multiprocessing.active_children()
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        for _ in range(5):
+            with group(targets.exit_with, 8, args=(0,)) as running:
+                running.wait()
+                assert [one.exitcode for one in running.stats()] == [0] * 8
+    finally:
+        done.set()
+        collector.join()
+
+
+def test_a_worker_that_forks_is_counted_right() -> None:
+    with group(targets.forks, 1) as running:
+        for _ in range(3):
+            with connect(running.endpoint) as sock:
+                assert sock.recv(100) == b"child"
+        until(lambda: running.stats()[0].open == 0)
+        assert running.stats()[0].accepted == 3
+
+
+def test_when_all_have_ended_clients_are_refused() -> None:
+    with group(targets.return_when_asked, 1) as running:
+        address = running.endpoint.address
+        talk(running.endpoint)
+        running.wait()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        nothing_left(address)
+
+
 # -- deaths and successors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_failure_is_named_with_its_true_exit_status(method: str) -> None:
-    with group(targets.exit_with, 1, args=(3,), start_method=method) as running:
-        with pytest.raises(fdpass.WorkerDied, match=r"worker-0 \(pid \d+\) exited with code 3$") as caught:
-            running.wait()
-        again = pickle.loads(pickle.dumps(caught.value))
-        assert (again.name, again.exitcode, str(again)) == ("worker-0", 3, str(caught.value))
+    running = group(targets.exit_with, 1, args=(3,), start_method=method)
+    # From start() or from wait(): it may end while start() still looks whether all are ready.
+    with pytest.raises(fdpass.WorkerDied, match=r"worker-0 \(pid \d+\) exited with code 3$") as caught, running:
+        running.wait()
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.name, again.exitcode, str(again)) == ("worker-0", 3, str(caught.value))
 
 
 @pytest.mark.parametrize("method", METHODS)
