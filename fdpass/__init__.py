@@ -27,12 +27,13 @@ from fdpass.limits import raise_fd_limit
 
 if TYPE_CHECKING:
     from fdpass.channel import Channel, Pipe
+    from fdpass.completion import wait_for_completion_or_failure
     from fdpass.endpoint import Endpoint, listen
     from fdpass.handles import SocketHandle
     from fdpass.listener import Listener
     from fdpass.reduction import register, registered, unregister
     from fdpass.start import get_context
-    from fdpass.workers import WorkerGroup, wait_for_completion_or_failure
+    from fdpass.workers import WorkerGroup
 
 __version__ = "0.1.0"
 
@@ -78,7 +79,7 @@ _LATER = {
     "register": "reduction",
     "registered": "reduction",
     "unregister": "reduction",
-    "wait_for_completion_or_failure": "workers",
+    "wait_for_completion_or_failure": "completion",
 }
 
 

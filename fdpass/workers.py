@@ -6,13 +6,10 @@ One thread of the supervisor does all the watching; every change of a group's st
 from __future__ import annotations
 
 import atexit
-import mmap
 import multiprocessing.util  # noqa: F401  (its exit handler must be registered before ours, see below)
 import os
 import select
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
@@ -20,12 +17,13 @@ from collections import deque
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing import process as mp_process
-from multiprocessing.reduction import ForkingPickler
-from time import monotonic, monotonic_ns, sleep
+from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
 
-from fdpass import _syscall, strategies
-from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, WORDS, Board, anonymous_file
+from fdpass import strategies
+from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, WORDS, Board
+from fdpass._launch import Cargo, SignalsHeld, exit_status, pidfd_of
+from fdpass._worker import run
 from fdpass.ancillary import why_no_passing
 from fdpass.channel import Channel, Pipe
 from fdpass.endpoint import Endpoint, listen
@@ -36,18 +34,15 @@ from fdpass.start import METHODS, OWN_THREADS, get_context
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from multiprocessing.process import BaseProcess
-    from types import FrameType, TracebackType
+    from types import TracebackType
     from typing import Self
 
-    from fdpass.listener import Listener
 
 RESTARTS = ("never", "on-failure")
 #: More successors than this in this many seconds, and the group gives up: a kill every half second makes ten.
 RESTART_LIMIT, RESTART_WINDOW = 30, 5.0
 #: Successors in a row, of one index, that ended before they were ready; the wait before the next doubles, in seconds.
 NEVER_READY_LIMIT, BACKOFF, BACKOFF_MAX = 5, 0.1, 5.0
-#: How long a worker outlives its supervisor, in seconds.
-GRACE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +63,6 @@ class WorkerStats:
     open: int
     restarts: int
     heartbeat: float | None
-
-
-# -- the supervisor's side ---------------------------------------------------------------------------------------------------
 
 
 class _Worker:
@@ -222,7 +214,7 @@ class WorkerGroup:
             if method == "forkserver":
                 forkserver.ensure_running()
             # SIGINT is blocked in it as well, which the thread keeps and the processes that either starts inherit.
-            with _SignalsHeld(), self._lock:
+            with SignalsHeld(), self._lock:
                 self._open()
                 self._strategy.listen()
                 _live.add(self)
@@ -357,8 +349,8 @@ class WorkerGroup:
                 # It waits in the socket pair until the worker reads it, so a slow start keeps nobody waiting here.
                 ours.send(share)
                 args = tuple(self._args_for(worker.index)) if self._args_for is not None else self._args
-                cargo = _Cargo((self._target, args))
-                process = self._context.Process(target=_work, args=(theirs, cargo), name=worker.name, daemon=False)
+                cargo = Cargo((self._target, args))
+                process = self._context.Process(target=run, args=(theirs, cargo), name=worker.name, daemon=False)
                 # Known before the start, so that a forked child closes our end along with the group's other descriptors.
                 worker.channel, worker.muted = ours, False
                 try:
@@ -367,7 +359,7 @@ class WorkerGroup:
                     worker.state, worker.was_ready, worker.deadline, worker.due = "starting", False, ready_by, None
                 finally:
                     cargo.close()
-            worker.pidfd = _pidfd(worker.pid)
+            worker.pidfd = pidfd_of(worker.pid)
         except BaseException:
             if worker.process is None:
                 ours.close()
@@ -461,7 +453,7 @@ class WorkerGroup:
         process = worker.process
         assert process is not None
         self._hear(worker)
-        code = worker.exitcode = _exit_status(process)
+        code = worker.exitcode = exit_status(process)
         pid, told = worker.pid, worker.state == "stopping"
         worker.process, worker.state, worker.deadline = None, "ended", None
         worker.close()
@@ -637,8 +629,8 @@ _live: weakref.WeakSet[WorkerGroup] = weakref.WeakSet()
 
 
 def _forget_groups() -> None:
-    if _SignalsHeld.current is not None:
-        _SignalsHeld.current.restore()
+    if SignalsHeld.current is not None:
+        SignalsHeld.current.restore()
     for group in list(_live):
         group._forget()
     _live.clear()
@@ -660,268 +652,3 @@ atexit.register(_stop_groups)
 def _pipe() -> tuple[OwnedFd, OwnedFd]:
     read, write = os.pipe()
     return OwnedFd(read), OwnedFd(write)
-
-
-def _pidfd(pid: int) -> OwnedFd | None:
-    if not hasattr(os, "pidfd_open"):
-        return None
-    try:
-        return OwnedFd(os.pidfd_open(pid))
-    except OSError:  # no descriptor to spare, or a fork server's child that ended at once and was collected: the sentinel must do
-        return None
-
-
-def _exit_status(process: BaseProcess) -> int | None:
-    """The status of a process that has ended, collected; None when somebody else collected it or nobody tells."""
-    # Only a fork server that was stopped or killed keeps this waiting: the end of the process itself is known.
-    process.join(1.0)
-    # Another thread that uses multiprocessing may have collected it a moment ago and be about to write it down.
-    for _ in range(100):
-        if process.exitcode is not None:
-            break
-        sleep(0.001)
-    code = process.exitcode
-    if code is None:
-        # multiprocessing takes it for running, and would keep its two pipes, and wait for it at exit.
-        mp_process._children.discard(process)  # type: ignore[attr-defined]
-        process._popen.close()  # type: ignore[attr-defined]
-    else:
-        process.close()
-    return code
-
-
-class _Cargo:
-    """What a worker is to run, as an argument of its process. Pickled while the process is being started, so that all that
-    multiprocessing passes to a child passes; a large pickle goes into a file without a name, because CPython writes arguments
-    into a pipe and waits for ever on one that its reader does not empty."""
-
-    INLINE = 1 << 15
-
-    def __init__(self, content: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
-        self.content = content
-        self._file: OwnedFd | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        pickled = ForkingPickler.dumps(self.content)
-        if len(pickled) <= self.INLINE:
-            return _unpack_cargo, (bytes(pickled), None)
-        self._file = anonymous_file("fdpass-arguments")
-        with open(self._file.fileno(), "wb", closefd=False) as file:
-            file.write(pickled)
-        return _unpack_cargo, (b"", self._file)
-
-    def close(self) -> None:
-        """Closes the file, once the process was started."""
-        if self._file is not None:
-            self._file.close()
-
-
-def _unpack_cargo(pickled: bytes, owned: OwnedFd | None) -> _Cargo:
-    if owned is None:
-        return _Cargo(ForkingPickler.loads(pickled))
-    with owned, mmap.mmap(owned.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _Cargo(ForkingPickler.loads(content))
-
-
-class _SignalsHeld:
-    """While processes are being started no signal handler of Python's runs: one that raises would tear the start in the middle.
-
-    What comes is delivered afterwards; the second of a kind at once, for somebody may be tired of a start that hangs.
-    SIGINT is blocked too, which the child inherits: a Ctrl-C during its start must not print a traceback per worker.
-    """
-
-    current: _SignalsHeld | None = None
-
-    def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
-        self._came: list[int] = []
-        self._mask: Iterable[int] = ()
-
-    def __enter__(self) -> None:
-        try:
-            # Elsewhere there is nothing to hold: Python runs its handlers in the main thread only.
-            if threading.current_thread() is threading.main_thread():
-                _SignalsHeld.current = self
-                for number in signal.valid_signals():
-                    handler = signal.getsignal(number)
-                    if callable(handler):
-                        self._handlers[number] = handler
-                        signal.signal(number, self._hold)
-            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        except BaseException:
-            self.restore()
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        self.restore()
-        for number in self._came:
-            signal.raise_signal(number)
-
-    def restore(self) -> None:
-        """Puts every handler back; a forked child does so too, where it has no mask to undo."""
-        _SignalsHeld.current = None
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _hold(self, number: int, frame: FrameType | None) -> None:
-        if number in self._came:
-            signal.signal(number, self._handlers[number])
-            signal.raise_signal(number)
-        self._came.append(number)
-
-
-# -- the worker's side -------------------------------------------------------------------------------------------------------
-
-
-def _work(channel: Channel, cargo: _Cargo) -> None:
-    """What runs in the worker's process."""
-    target, args = cargo.content
-    # A supervisor that runs asyncio left its own, by fork: our signals would run its handlers.
-    signal.set_wakeup_fd(-1)
-    # The supervisor decides when to end; a target that wants the terminal's SIGINT installs a handler of its own.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    share = channel.recv(timeout=60.0)
-    pidfd, board = share.pop("pidfd", None), share.pop("board", None)
-    if pidfd is None and hasattr(os, "pidfd_open") and sys.platform == "linux":
-        pidfd = OwnedFd(os.pidfd_open(share["supervisor"]))
-    _syscall.watch_start(-1 if pidfd is None else pidfd.fileno(), channel.fileno(), share["supervisor"], GRACE)
-    if pidfd is not None:
-        pidfd.close()
-    reports = board is None
-    page = Board.create(share["index"] + 1) if board is None else Board(board)
-    listener = strategies.open_share(share, page.lines[share["index"]], channel, reports)
-    os.register_at_fork(after_in_child=lambda: _in_forked_child(listener))
-    signal.signal(signal.SIGTERM, _Terminate(listener))
-    try:
-        target(listener, *args)
-    except ClosedError:
-        if not listener.draining:
-            raise
-    finally:
-        # What is left is the interpreter's own end, in which Python puts back default handlers: a SIGTERM that
-        # follows the drain closely would then turn a clean exit into a death by signal.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        listener._close()
-        page.close()
-        channel.close()
-
-
-class _Terminate:
-    """SIGTERM in a worker: one that accepts through its listener drains; any other, and a second SIGTERM, ends as SIGTERM does."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-        self._seen = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        again, self._seen = self._seen, True
-        if self._listener._accepting and not again:
-            self._listener.drain()
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _in_forked_child(listener: Listener) -> None:
-    """In a process that a worker forks: it has a parent of its own, and its connections are counted nowhere."""
-    _syscall.watch_stop(in_child=True)
-    listener._uncount()
-
-
-# -- several groups and foreign processes ------------------------------------------------------------------------------------
-
-
-def wait_for_completion_or_failure(*watched: Any, timeout: float | None = None) -> None:
-    """Waits for WorkerGroups, multiprocessing processes and subprocess.Popen objects; the first failure stops the groups and raises.
-
-    Returns when all have ended with exit status 0. timeout: seconds, None waits for ever. Raises WorkerDied with name, pid and
-    exit status or signal, TimeoutError (nothing is stopped then), TypeError, ValueError for a process that was not started.
-    Foreign processes are not ended: they are their owner's.
-    """
-    waiting: dict[Any, _Watched] = {}
-    deadline = None if timeout is None else monotonic() + timeout
-    try:
-        for item in watched:
-            waiting[item] = _Watched(item)
-        while waiting:
-            left = None if deadline is None else deadline - monotonic()
-            poll = select.poll()
-            for one in waiting.values():
-                if one.fd >= 0:
-                    poll.register(one.fd, select.POLLIN)
-            # Where there are no pidfds a Popen has nothing to wait on: it is asked ten times a second.
-            blind = any(one.fd < 0 for one in waiting.values())
-            slice_ = min(left if left is not None else 3600.0, 0.1 if blind else 3600.0)
-            if not any(one.over() for one in waiting.values()):
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"{len(waiting)} of {len(watched)} still run after {timeout} s")
-                poll.poll(max(0.0, slice_) * 1000 + 1)
-            for item, one in list(waiting.items()):
-                if one.over():
-                    one.check()
-                    one.close()
-                    del waiting[item]
-    except WorkerDied:
-        for item in watched:
-            if isinstance(item, WorkerGroup):
-                item.stop()
-        raise
-    finally:
-        for one in waiting.values():
-            one.close()
-
-
-class _Watched:
-    """One thing that may end: a descriptor to wait on, whether it is over, and how it ended."""
-
-    def __init__(self, item: Any) -> None:
-        self.item = item
-        self.owned: OwnedFd | None = None
-        if isinstance(item, WorkerGroup):
-            item._demand_started()
-            self.fd = item.fileno()
-        elif isinstance(item, subprocess.Popen):
-            self.owned = _pidfd(item.pid) if item.poll() is None else None
-            self.fd = -1 if self.owned is None else self.owned.fileno()
-        elif isinstance(item, mp_process.BaseProcess):
-            if item.pid is None:
-                raise ValueError(f"{item!r} was not started")
-            self.fd = item.sentinel
-        else:
-            raise TypeError(f"a WorkerGroup, a multiprocessing process or a subprocess.Popen is awaited, not {type(item).__name__}")
-
-    def over(self) -> bool:
-        if isinstance(self.item, WorkerGroup):
-            return self.item._failure is not None or self.item._trouble is not None or self.item._state in ("ended", "stopped")
-        if isinstance(self.item, subprocess.Popen):
-            return self.item.poll() is not None
-        # The sentinel closes a little before the process can be waited for; join() waits for the rest.
-        if select_ready(self.fd):
-            self.item.join()
-        return self.item.exitcode is not None
-
-    def check(self) -> None:
-        if isinstance(self.item, WorkerGroup):
-            self.item.wait()
-            return
-        if isinstance(self.item, subprocess.Popen):
-            command: Any = self.item.args
-            name = str(command[0] if isinstance(command, (list, tuple)) else command)
-            pid, code = self.item.pid, self.item.returncode
-        else:
-            name, pid, code = self.item.name, self.item.pid, self.item.exitcode
-        if code != 0:
-            raise WorkerDied(name, pid, code)
-
-    def close(self) -> None:
-        if self.owned is not None:
-            self.owned.close()
-
-
-def select_ready(fd: int) -> bool:
-    """Whether fd is readable now."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))

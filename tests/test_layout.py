@@ -23,8 +23,10 @@ FLOORS = [
     {"fdpass.channel"},
     {"fdpass.listener", "fdpass.reduction"},
     {"fdpass.strategies.shared", "fdpass.strategies.reuseport"},
-    {"fdpass.strategies"},
+    {"fdpass.strategies", "fdpass._launch"},
+    {"fdpass._worker"},
     {"fdpass.workers"},
+    {"fdpass.completion"},
     {"fdpass"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -1,0 +1,79 @@
+"""What runs in a worker's process, around the target: the setup over the control channel, the watch, SIGTERM, the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from fdpass import _syscall, strategies
+from fdpass._board import Board
+from fdpass.errors import ClosedError
+from fdpass.fds import OwnedFd
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from fdpass._launch import Cargo
+    from fdpass.channel import Channel
+    from fdpass.listener import Listener
+
+#: How long a worker outlives its supervisor, in seconds.
+GRACE = 1.0
+
+
+def run(channel: Channel, cargo: Cargo) -> None:
+    """What runs in the worker's process."""
+    target, args = cargo.content
+    # A supervisor that runs asyncio left its own, by fork: our signals would run its handlers.
+    signal.set_wakeup_fd(-1)
+    # The supervisor decides when to end; a target that wants the terminal's SIGINT installs a handler of its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    share = channel.recv(timeout=60.0)
+    pidfd, board = share.pop("pidfd", None), share.pop("board", None)
+    if pidfd is None and hasattr(os, "pidfd_open") and sys.platform == "linux":
+        pidfd = OwnedFd(os.pidfd_open(share["supervisor"]))
+    _syscall.watch_start(-1 if pidfd is None else pidfd.fileno(), channel.fileno(), share["supervisor"], GRACE)
+    if pidfd is not None:
+        pidfd.close()
+    reports = board is None
+    page = Board.create(share["index"] + 1) if board is None else Board(board)
+    listener = strategies.open_share(share, page.lines[share["index"]], channel, reports)
+    os.register_at_fork(after_in_child=lambda: _in_forked_child(listener))
+    signal.signal(signal.SIGTERM, _Terminate(listener))
+    try:
+        target(listener, *args)
+    except ClosedError:
+        if not listener.draining:
+            raise
+    finally:
+        # What is left is the interpreter's own end, in which Python puts back default handlers: a SIGTERM that
+        # follows the drain closely would then turn a clean exit into a death by signal.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        listener._close()
+        page.close()
+        channel.close()
+
+
+class _Terminate:
+    """SIGTERM in a worker: one that accepts through its listener drains; any other, and a second SIGTERM, ends as SIGTERM does."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._seen = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        again, self._seen = self._seen, True
+        if self._listener._accepting and not again:
+            self._listener.drain()
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _in_forked_child(listener: Listener) -> None:
+    """In a process that a worker forks: it has a parent of its own, and its connections are counted nowhere."""
+    _syscall.watch_stop(in_child=True)
+    listener._uncount()
