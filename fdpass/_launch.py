@@ -82,7 +82,7 @@ def _unpack(pickled: bytes, owned: OwnedFd | None) -> Cargo:
 
 
 class SignalsHeld:
-    """While processes are being started no signal handler of Python's runs: one that raises would tear the start in the middle.
+    """While sockets are bound and processes started no signal handler of Python's runs: one that raises would tear it in the middle.
 
     What comes is delivered afterwards; the second of a kind at once, for somebody may be tired of a start that hangs.
     SIGINT is blocked too, which the child inherits: a Ctrl-C during its start must not print a traceback per worker.

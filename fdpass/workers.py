@@ -179,11 +179,17 @@ class WorkerGroup:
         self._self_pidfd: OwnedFd | None = None
         self._wake: tuple[OwnedFd, OwnedFd] | None = None
         self._over: tuple[OwnedFd, OwnedFd] | None = None
-        self._endpoint = address if isinstance(address, Endpoint) else listen(address)
+        bound = address if isinstance(address, Endpoint) else None
         try:
-            self._strategy.bind(self._endpoint, workers, backlog)
+            # A handler that raises here would leave a bound socket to the garbage collector.
+            with SignalsHeld():
+                bound = bound or listen(address)  # type: ignore[arg-type]  # an Endpoint is bound already
+                self._endpoint = bound
+                self._strategy.bind(bound, workers, backlog)
         except BaseException:
-            self._endpoint.close()
+            self._strategy.close()
+            if bound is not None:
+                bound.close()
             raise
 
     # -- what users call -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,9 @@ class Reuseport:
 
     name, held, passes = "reuseport", True, True
 
+    def __init__(self) -> None:
+        self._members: list[socket.socket] = []
+
     def bind(self, endpoint: Endpoint, workers: int, backlog: int) -> None:
         """The endpoint's socket is the first member, k - 1 more join it. O_NONBLOCK is set here, once, for every holder."""
         _share_port(endpoint, self.name)
