@@ -17,7 +17,7 @@ static struct {
     pthread_t thread;
     int running;
     int grace_ms;
-    pid_t supervisor;
+    pid_t supervisor, parent;
     int wake;  /* write end of the pipe that ends the thread */
     int fds[WATCHED];
 } watch = {.wake = -1, .fds = {-1, -1, -1}};
@@ -61,7 +61,8 @@ static void *watch_supervisor(void *unused) {
                 polled[i].fd = -1; /* closed by the worker, with everything else: poll would spin on it */
                 blind = 1;
             }
-        if (blind && kill(watch.supervisor, 0) < 0 && errno == ESRCH)
+        /* A dead supervisor that nobody has collected still has its pid; but its children have another parent by then. */
+        if (blind && (getppid() != watch.parent || (kill(watch.supervisor, 0) < 0 && errno == ESRCH)))
             gone = 1;
     }
     kill(getpid(), SIGTERM);
@@ -107,6 +108,7 @@ int fdp_watch_start(int pidfd, int channel, int supervisor, int grace_ms) {
     }
     watch.grace_ms = grace_ms;
     watch.supervisor = supervisor;
+    watch.parent = getppid();
     /* Python's handlers run on the main thread; a signal taken by this thread would interrupt nobody's wait. */
     sigfillset(&every);
     pthread_sigmask(SIG_SETMASK, &every, &before);
