@@ -41,8 +41,9 @@ def exit_status(process: BaseProcess) -> int | None:
     code = process.exitcode
     if code is None:
         # multiprocessing takes it for running, and would keep its two pipes, and wait for it at exit.
-        mp_process._children.discard(process)  # type: ignore[attr-defined]
-        process._popen.close()  # type: ignore[attr-defined]
+        # Both private, as there is no public way: Process.close() refuses one that it takes for running.
+        mp_process._children.discard(process)  # type: ignore[attr-defined]  # typeshed leaves private names out
+        process._popen.close()  # type: ignore[attr-defined]  # likewise
     else:
         process.close()
     return code

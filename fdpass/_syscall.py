@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 from _socket import MSG_DONTWAIT
 
 MAX_FDS: int = lib.FDP_MAX_FDS
-FIRST_FD: int = lib.FDP_FIRST_FD
 #: 64 KiB is the largest read that reuses a buffer; beyond it one is allocated for the call.
 POOLED = 1 << 16
 

@@ -179,11 +179,11 @@ class WorkerGroup:
         self._self_pidfd: OwnedFd | None = None
         self._wake: tuple[OwnedFd, OwnedFd] | None = None
         self._over: tuple[OwnedFd, OwnedFd] | None = None
-        bound = address if isinstance(address, Endpoint) else None
+        bound: Endpoint | None = None
         try:
             # A handler that raises here would leave a bound socket to the garbage collector.
             with SignalsHeld():
-                bound = bound or listen(address)  # type: ignore[arg-type]  # an Endpoint is bound already
+                bound = address if isinstance(address, Endpoint) else listen(address)
                 self._endpoint = bound
                 self._strategy.bind(bound, workers, backlog)
         except BaseException:

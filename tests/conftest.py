@@ -137,7 +137,7 @@ def content() -> Callable[[object], str]:
     """What a memory file contains, given its number or an object with fileno()."""
 
     def read(item: object) -> str:
-        return os.pread(item if isinstance(item, int) else item.fileno(), 100, 0).decode()  # type: ignore[attr-defined]
+        return os.pread(item if isinstance(item, int) else item.fileno(), 100, 0).decode()  # type: ignore[attr-defined]  # object stands for whatever has fileno()
 
     return read
 
@@ -193,7 +193,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(code: str, *args: str, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-W", "error", "-c", code, *args]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]  # the options are subprocess.run's own
         assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

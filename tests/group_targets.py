@@ -141,7 +141,7 @@ def exhausted(listener: fdpass.Listener) -> None:
             failures += 1
             raise
 
-    type(listener.socket).accept = counted  # type: ignore[method-assign]
+    type(listener.socket).accept = counted  # type: ignore[method-assign]  # wrapped, to count the real one
     conn.sendall(b"0")
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     eaten = []

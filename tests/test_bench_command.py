@@ -81,7 +81,7 @@ def balance(path: Path, *arguments: str, status: int = 0) -> list[dict[str, Any]
         if one["valid"]:
             assert sum(one["outcomes"].values()) == one["connections"]
             assert one["lost_accepted"] + one["lost_unaccepted"] == one["connections"] - one["outcomes"]["ok"]
-    return data["runs"]  # type: ignore[no-any-return]
+    return data["runs"]  # type: ignore[no-any-return]  # what JSON holds has no type
 
 
 # ---------------------------------------------------------------------------------------------------------------- balance

@@ -694,7 +694,7 @@ def test_the_first_failure_stops_the_groups_and_is_named() -> None:
 
 def test_waiting_for_the_wrong_thing() -> None:
     with pytest.raises(TypeError, match="WorkerGroup"):
-        fdpass.wait_for_completion_or_failure("worker")  # type: ignore[arg-type]
+        fdpass.wait_for_completion_or_failure("worker")  # type: ignore[arg-type]  # the wrong type is what is tested
     fdpass.wait_for_completion_or_failure()
     idle = group(targets.answer, 1)
     with pytest.raises(RuntimeError, match="not started"):
