@@ -692,14 +692,13 @@ seen = []
 def handler(signum, frame):
     seen.append(signum)
     if len(seen) == 20:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         fdpass.send_fds(left, [b"x"], [0])  # from inside the interrupted call
-    else:
-        signal.setitimer(signal.ITIMER_REAL, 1e-4)
 signal.signal(signal.SIGALRM, handler)
 for timeout in (None, 100.0):
     seen.clear()
     right.settimeout(timeout)
-    signal.setitimer(signal.ITIMER_REAL, 1e-4)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-3)  # again and again: one that comes just before the call waits is not noticed
     message = fdpass.recv_fds(right, 10, 1)
     assert message.data == b"x" and len(seen) == 20
     message.fds[0].close()
