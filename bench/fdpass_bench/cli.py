@@ -363,7 +363,8 @@ def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = N
                                 progress.over(report.line_of_trial(trials[-1]))
         except KeyboardInterrupt:
             interrupted = signals[0] if signals else signal.SIGINT
-        study = figures.study(work, servers, trials, calibration) if work is not None else None
+        # Interrupted before its turn, steady has nothing to show.
+        study = figures.study(work, servers, trials, calibration) if work is not None and (trials or not runs) else None
         report.show(runs, study, sys.stderr if json_file == "-" else sys.stdout)
         if json_file is not None:
             text = json.dumps(report.as_json(runs, study, began, bool(interrupted)), indent=2) + "\n"
