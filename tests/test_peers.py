@@ -9,6 +9,7 @@ import http.client
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -257,6 +258,55 @@ def test_an_interrupt_while_it_ends() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+ENTER = """
+import os, signal
+from fdpass_bench.peers import Peer
+with Peer("gunicorn", 2, True) as server:
+    print(os.getsid(server.pids()[0]), server.address[1], flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGCONT, signal.SIGKILL, signal.SIGSTOP], ids=["serves", "was killed", "does not end when asked"])
+def test_whoever_entered_it_is_killed(first: signal.Signals) -> None:
+    patient = "import fdpass_bench.peers as peers; peers._STOP_LIMIT = 0.3" if first == signal.SIGSTOP else ""
+    with contextlib.ExitStack() as stack:
+        entered = stack.enter_context(subprocess.Popen([sys.executable, "-c", patient + ENTER], stdout=subprocess.PIPE, text=True))
+        stack.callback(entered.kill)
+        assert entered.stdout is not None
+        leader, port = map(int, entered.stdout.readline().split())
+        folder = Path(f"/proc/{leader}/cwd").resolve()
+        assert (folder / "output").is_file()
+        # The first process, two workers and the guardian.
+        members = [stack.enter_context(peers._pidfd(pid)) for pid in session(leader)]
+        assert len(members) == 4
+        stack.callback(end, members)
+        os.kill(leader, first)
+        entered.kill()
+        assert [fd for fd in members if not peers._wait({fd}, 60)] == []
+        assert session(leader) == []
+        assert not folder.exists()
+        assert sockdiag.listening_sockets(port) == []
+
+
+def end(pidfds: list[int]) -> None:
+    for fd in pidfds:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+
+def test_whoever_would_enter_it_was_killed_before_it_ran(tmp_path: Path) -> None:
+    folder = tmp_path / "fdpass-peer"
+    folder.mkdir()
+    program = tmp_path / "guarded.py"
+    program.write_text(peers._GUARDED)
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+        command = [sys.executable, "-I", "-S", program, str(gone.pid), "5", folder, sys.executable, "-c", "print('serves')"]
+        assert subprocess.run(command, capture_output=True, check=True).stdout == b""
+    assert not folder.exists()
+
+
 # -------------------------------------------------------------------------------- what does not come about
 
 
@@ -307,7 +357,10 @@ def test_one_that_never_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(PEERS, "absent", command_line(str(tmp_path / "absent")))
-    with pytest.raises(PeerError, match=r"absent did not start: .*No such file"), Peer("absent", 2, True):
+    with pytest.raises(PeerError, match=r"^absent ended with exit status 1; it wrote: \S*/absent: No such file"), Peer("absent", 2, True):
+        pass
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(PeerError, match=r"^absent did not start: .*No such file"), Peer("absent", 2, True):
         pass
 
 

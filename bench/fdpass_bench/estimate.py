@@ -83,37 +83,34 @@ def interval(repeats: Sequence[Sequence[float | None]]) -> Interval:
     there are batches.
     Fewer values than 20, or batches than 4, give no interval. Raises ValueError when there is no value at all.
     """
-    return _estimate(_series(repeats)).interval()
+    found = _estimate([[(value, 1.0) for value in repeat if value is not None] for repeat in repeats])
+    if found.error is None:
+        return Interval(found.mean, None, None, found.batches)
+    half = found.error * student_t(found.batches - 1)
+    return Interval(found.mean, found.mean - half, found.mean + half, found.batches)
 
 
 def ratio(first_repeats: Sequence[Sequence[float | None]], second_repeats: Sequence[Sequence[float | None]]) -> Interval:
-    """The mean of the first over the mean of the second, with its 95 % confidence interval by the delta method.
+    """The mean of the first over the mean of the second, with its 95 % confidence interval by the delta method, taken of the logarithm.
 
-    Repeats of the same lengths are taken as paired: the same arrivals and the same work are at the same place in both. So what made both
-    slow at once cancels. A place that is None in either was lost there, and is left out of both: the means are of the same work. The
-    batches are those of interval(), of the residuals first - ratio * second.
-    Repeats of different lengths are compared unpaired, with the values that each has: the relative variances of both means are added, and
-    the degrees of freedom are Welch's.
-    Raises ValueError when there is no value at all, or the mean of the second is 0.
+    Each repeat has the same arrivals and the same work at the same place in both. So what made both slow at once cancels. A place that
+    is None in either was lost there, and is left out of both: the means are of the same work. The batches are those of interval(), of
+    the residuals first - ratio * second.
+    Raises ValueError for repeats of different lengths, when there is no value at all, or the mean of either is 0.
     """
-    if [len(one) for one in first_repeats] == [len(one) for one in second_repeats]:
-        pairs = [
-            [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-            for one, other in zip(first_repeats, second_repeats, strict=True)
-        ]
-        return _estimate(pairs).interval()
-    first, second = _estimate(_series(first_repeats)), _estimate(_series(second_repeats))
-    if second.mean == 0:
-        raise ValueError("there is no ratio to a mean of 0")
-    mean = first.mean / second.mean
-    batches = first.batches + second.batches
-    if first.error is None or second.error is None:
-        return Interval(mean, None, None, batches)
-    parts = (first.error / second.mean) ** 2, (mean * second.error / second.mean) ** 2
-    freedom = min(first.batches, second.batches) - 1.0
-    if sum(parts) > 0:
-        freedom = sum(parts) ** 2 / (parts[0] ** 2 / (first.batches - 1) + parts[1] ** 2 / (second.batches - 1))
-    return _Estimate(mean, math.sqrt(sum(parts)), batches).interval(int(freedom))
+    if [len(one) for one in first_repeats] != [len(one) for one in second_repeats]:
+        raise ValueError("repeats of different lengths are not of the same work")
+    pairs = [
+        [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+        for one, other in zip(first_repeats, second_repeats, strict=True)
+    ]
+    found = _estimate(pairs)
+    if found.mean <= 0:
+        raise ValueError("there is no ratio of a mean of 0")
+    if found.error is None:
+        return Interval(found.mean, None, None, found.batches)
+    factor = math.exp(found.error / found.mean * student_t(found.batches - 1))
+    return Interval(found.mean, found.mean / factor, found.mean * factor, found.batches)
 
 
 def verdict_of(of_ratio: Interval) -> Verdict:
@@ -133,16 +130,6 @@ class _Estimate:
     mean: float
     error: float | None
     batches: int
-
-    def interval(self, freedom: int | None = None) -> Interval:
-        if self.error is None:
-            return Interval(self.mean, None, None, self.batches)
-        half = self.error * student_t(self.batches - 1 if freedom is None else freedom)
-        return Interval(self.mean, self.mean - half, self.mean + half, self.batches)
-
-
-def _series(repeats: Sequence[Sequence[float | None]]) -> list[list[_Batch]]:
-    return [[(value, 1.0) for value in repeat if value is not None] for repeat in repeats]
 
 
 def _estimate(repeats: Sequence[Sequence[_Batch]]) -> _Estimate:

@@ -4,7 +4,7 @@ It computes and judges; it measures nothing and prints nothing."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import pstdev
@@ -15,6 +15,7 @@ from fdpass_bench.loadgen import OUTCOMES, Histogram
 from fdpass_bench.steady import Server, Trial, Work
 
 _LAG_SHARE = 0.10  # of the service time: the generator's own lateness must stay below it, at p99
+_LAG_FLOOR = 0.00025  # seconds: where the service time is not known, lag below this is the machine's timer and not lateness
 _RATE_SHARE = 0.99  # of the offered rate must be achieved
 _LOST_SHARE = 0.01  # of the requests may have no answer before the latency of the others says nothing
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
@@ -55,12 +56,22 @@ class Figures:
 
     @property
     def utilisation(self) -> float | None:
-        rate = self.work.rate
+        rate = self.rate
         return rate * self.occupied[0] / self.work.workers if rate and self.occupied else None
+
+    @property
+    def rate(self) -> float | None:
+        """Connections per second, as they came: the seed's, not the one asked for, which few hundred arrivals may miss by some per cent."""
+        return _mean_of(trial.offered_per_s for trial in self.trials)
 
     @property
     def share_of_bound(self) -> float | None:
         return self.latency["mean"] / self.bound.mean if self.bound and self.latency else None
+
+    def evenness(self, counts: str, index: Callable[[Sequence[float]], float]) -> float | None:
+        """estimate.max_over_mean or estimate.jain of "connections_of" or "requests_of": the mean over the repeats."""
+        each = [_by_worker([getattr(trial, counts)], self.work.workers) for trial in self.trials]
+        return _mean_of(index(one) for one in each if one)
 
     def per_connection(self, value: str) -> float | None:
         """A trial's figure over its connections: "cpu_seconds", "switches" or "generator_cpu_seconds"."""
@@ -90,10 +101,11 @@ class Figures:
             "requests_per_connection": self.work.requests,
             "per_worker": self.per_worker,
             "requests_per_worker": self.requests_per_worker,
-            "max_over_mean": _rounded(estimate.max_over_mean(self.per_worker)) if sum(self.per_worker) else None,
-            "jain": _rounded(estimate.jain(self.per_worker)) if sum(self.per_worker) else None,
-            "requests_max_over_mean": _rounded(estimate.max_over_mean(self.requests_per_worker)) if sum(self.requests_per_worker) else None,
+            "max_over_mean": _rounded(self.evenness("connections_of", estimate.max_over_mean)),
+            "jain": _rounded(self.evenness("connections_of", estimate.jain)),
+            "requests_max_over_mean": _rounded(self.evenness("requests_of", estimate.max_over_mean)),
             "switches_per_connection": _rounded(self.switches_per_connection),
+            "idle_switches_per_second": _rounded(_mean_of(trial.idle_switches_per_second for trial in self.trials)),
             "cpu_us_per_connection": None if cpu is None else round(cpu * 1e6, 1),
             "generator_cpu_us_per_connection": None if own is None else round(own * 1e6, 1),
             "outcomes": {
@@ -111,8 +123,8 @@ class Figures:
             "lost_unaccepted": outcomes["refused"] + before,
             "latency_ms": _milliseconds(self.latency),
             **{f"{name}_ms": _milliseconds(part) for name, part in self.parts.items()},
-            "offered_per_s": _mean(trial.offered_per_s for trial in self.trials),
-            "achieved_per_s": _mean(trial.achieved_per_s for trial in self.trials),
+            "offered_per_s": _rounded(self.rate),
+            "achieved_per_s": _rounded(_mean_of(trial.achieved_per_s for trial in self.trials)),
             "ci": self._interval_json(),
             "theory": self._theory_json(),
             "occupied_ms": {"mean": _rounded(self.occupied[0] * 1e3), "cv2": _rounded(self.occupied[1])} if self.occupied else None,
@@ -140,6 +152,13 @@ class Figures:
             return None
         return {"level": 0.95, "mean_ms": [round(found.low * 1e3, 4), round(found.high * 1e3, 4)], "batches": found.batches}
 
+    def _ideal_mean(self) -> float | None:
+        work, queues = self.work, {"one queue": theory.one_queue, "split": theory.split_queue}.get(self.server.discipline or "")
+        if queues is None or self.rate is None or not 0 < self.rate * work.service < work.workers or work.arrivals != "poisson":
+            return None
+        cv2 = {"exponential": 1.0, "fixed": 0.0, "hyper": theory.HYPER_CV2}[work.distribution]
+        return queues(work.workers, self.rate, work.service, cv2).mean * 1e3
+
     def _theory_json(self) -> dict[str, Any] | None:
         if self.prediction is None or self.bound is None:
             return None
@@ -147,9 +166,11 @@ class Figures:
             "discipline": self.server.discipline,
             "how": self.prediction.how,
             "latency_ms": _prediction(self.prediction),
+            # The textbook's, of workers that cost nothing: from the service times as they were drawn.
+            "ideal_mean_ms": _rounded(self._ideal_mean()),
             "one_queue_ms": _prediction(self.bound),
-            # Of the connections per worker, where each falls on a worker by chance: what a hash does.
-            "expected_max_over_mean": _rounded(theory.hash_imbalance(self.work.workers, sum(self.per_worker)))
+            # Of a repeat's connections, where each falls on a worker by chance: what a hash does.
+            "expected_max_over_mean": _rounded(theory.hash_imbalance(self.work.workers, self.work.connections))
             if self.server.discipline == "split" and self.per_worker
             else None,
             "share_of_one_queue_bound": _rounded(self.share_of_bound),
@@ -169,9 +190,9 @@ def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, 4)
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _mean_of(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return round(sum(known) / len(known), 2) if known else None
+    return sum(known) / len(known) if known else None
 
 
 def figures_of(server: Server, work: Work, trials: Sequence[Trial], calibration: Trial | None) -> Figures:
@@ -190,6 +211,8 @@ def figures_of(server: Server, work: Work, trials: Sequence[Trial], calibration:
         per_worker=_by_worker([trial.connections_of for trial in trials], work.workers),
         requests_per_worker=_by_worker([trial.requests_of for trial in trials], work.workers),
     )
+    if calibration is not None and (lost := _lost(calibration)):
+        found.reasons.append(f"the calibration failed: {lost}")
     for trial in trials:
         number = f"repeat {trial.repeat + 1}: " if len(trials) > 1 else ""
         found.reasons += [number + reason for reason in _problems(work, trial, calibration)]
@@ -232,12 +255,11 @@ def _generator_problems(work: Work, trial: Trial, calibration: Trial | None = No
         found.append(f"port exhaustion: {trial.outcomes['no_port']} connections found no local port")
     if trial.outcomes["no_descriptor"]:
         found.append(f"{trial.outcomes['no_descriptor']} connections found no file descriptor (see ulimit -n)")
-    # A closed loop begins all its clients at once, and knows no schedule that it could be behind.
-    lag = _spread(trial.lag[work.clients :])
+    lag = _spread(trial.lag)
     answered = [value for value in trial.latency if value is not None]
     # Where nothing is known of the service, the latency itself must not be mostly the generator's.
-    scale, what = (work.service, "the service time") if work.service > 0 else (sum(answered) / max(1, len(answered)), "the latency")
-    if lag and scale > 0 and lag["p99"] > _LAG_SHARE * scale:
+    scale, what = (work.service, "the service time") if work.service > 0 else (sum(answered) / max(1, len(answered)), "the mean latency")
+    if lag and scale > 0 and lag["p99"] > max(_LAG_SHARE * scale, 0 if work.service > 0 else _LAG_FLOOR):
         late = f"{lag['p99'] * 1e3:.3g} ms, over {_LAG_SHARE:.0%} of {what} ({scale * 1e3:.3g} ms)"
         found.append(f"the generator was late: schedule lag p99 {late}")
     if trial.offered_per_s and trial.begun_per_s < _RATE_SHARE * trial.offered_per_s:
@@ -253,6 +275,16 @@ def _problems(work: Work, trial: Trial, calibration: Trial | None) -> list[str]:
     if trial.problem is not None:
         return [trial.problem]
     found = _generator_problems(work, trial, calibration)
+    if lost := _lost(trial):
+        found.append(lost)
+    elif trial.offered_per_s and trial.achieved_per_s is not None and trial.achieved_per_s < _RATE_SHARE * trial.offered_per_s:
+        found.append(f"the server answered {trial.achieved_per_s:.4g} of {trial.offered_per_s:.4g} connections per second")
+    return found
+
+
+def _lost(trial: Trial) -> str | None:
+    if trial.problem is not None:
+        return trial.problem
     total, ok = sum(trial.outcomes.values()), trial.outcomes["ok"]
     failed = ", ".join(
         f"{count} {outcome.replace('_', ' ')} (after {trial.outcome_seconds[outcome][0] * 1e3:.3g} ms on average)"
@@ -260,12 +292,10 @@ def _problems(work: Work, trial: Trial, calibration: Trial | None) -> list[str]:
         if count and outcome != "ok"
     )
     if not ok:
-        found.append(f"no request was answered: {failed or 'nothing happened'}")
-    elif total - ok > _LOST_SHARE * total:
-        found.append(f"{(total - ok) / total:.1%} of the requests had no answer, and the latency of the others would flatter: {failed}")
-    elif trial.offered_per_s and trial.achieved_per_s < _RATE_SHARE * trial.offered_per_s:
-        found.append(f"the server answered {trial.achieved_per_s:.4g} of {trial.offered_per_s:.4g} connections per second")
-    return found
+        return f"no request was answered: {failed or 'nothing happened'}"
+    if total - ok > _LOST_SHARE * total:
+        return f"{(total - ok) / total:.1%} of the requests had no answer, and the latency of the others would flatter: {failed}"
+    return None
 
 
 # Theory
@@ -273,23 +303,38 @@ def _problems(work: Work, trial: Trial, calibration: Trial | None) -> list[str]:
 
 def _add_theory(found: Figures) -> None:
     work = found.work
-    occupied = [value for trial in found.trials for value in trial.occupied]
-    other = [value for trial in found.trials for value in trial.other]
+    occupied, other = _pooled(found.trials)
     if len(occupied) < 2:
         return
     mean = sum(occupied) / len(occupied)
     variance = sum((value - mean) ** 2 for value in occupied) / (len(occupied) - 1)
     found.occupied = mean, variance / mean**2 if mean > 0 else 0.0
     discipline = found.server.discipline
-    if work.rate is None or discipline is None or mean <= 0:
+    rate, load = found.rate, found.utilisation
+    if rate is None or load is None or discipline is None or mean <= 0:
         return
-    if work.rate * mean >= work.workers:
-        load = work.rate * mean / work.workers
+    if load >= 1:
         found.reasons.append(f"overload: the workers are asked for {load:.0%} of what they can do, so there is no steady state")
         return
     found.prediction, found.bound = (
-        theory.predict(queues, work.workers, work.rate, occupied, other, arrivals=work.arrivals) for queues in (discipline, "one queue")
+        theory.predict(queues, work.workers, rate, occupied, other, arrivals=work.arrivals) for queues in (discipline, "one queue")
     )
+
+
+def _ideals(figures: Sequence[Figures]) -> dict[str, theory.Prediction]:
+    """With the workers of the first server that theory knows."""
+    for one in figures:
+        if one.bound is not None and one.rate is not None:
+            occupied, other = _pooled(one.trials)
+            rest: Iterable[str] = (queues for queues in theory.DISCIPLINES if queues != "one queue")
+            arrivals = one.work.arrivals
+            predict = {queues: theory.predict(queues, one.work.workers, one.rate, occupied, other, arrivals=arrivals) for queues in rest}
+            return {"one queue": one.bound, **predict}
+    return {}
+
+
+def _pooled(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
+    return [value for trial in trials for value in trial.occupied], [value for trial in trials for value in trial.other]
 
 
 # Pairs
@@ -347,9 +392,15 @@ def comparisons(found: Sequence[Figures]) -> list[Comparison]:
     """One for each pair, in the order given."""
     pairs = []
     for first, second in combinations(found, 2):
-        mine, others = ([_after_warm_up(trial, one.work) for trial in one.trials] for one in (first, second))
-        measurable = first.latency and second.latency and len(mine) == len(others)
-        pairs.append(Comparison(first, second, estimate.ratio(mine, others) if measurable else None))
+        # An interrupt may have left one of them a repeat short.
+        both = [
+            (one, other) for one in first.trials for other in second.trials if one.repeat == other.repeat and one.latency and other.latency
+        ]
+        mine, others = ([_after_warm_up(trial, first.work) for trial in trials] for trials in zip(*both, strict=True)) if both else ([], [])
+        try:
+            pairs.append(Comparison(first, second, estimate.ratio(mine, others)))
+        except ValueError:
+            pairs.append(Comparison(first, second, None))  # nothing was answered by both
     return pairs
 
 
@@ -361,6 +412,7 @@ class Study:
     calibration: Trial | None
     figures: list[Figures]
     comparisons: list[Comparison]
+    ideals: dict[str, theory.Prediction]  # by discipline: what it would give with these workers, if sharing out cost nothing
 
     @property
     def valid(self) -> bool:
@@ -376,6 +428,7 @@ class Study:
             "lag_ms": _milliseconds(_spread(trial.lag)),
             "connections": sum(trial.outcomes.values()),
             "ok": ok,
+            "problem": trial.problem,
             "generator_cpu_us_per_connection": round(trial.generator_cpu_seconds / ok * 1e6, 1) if ok else None,
         }
 
@@ -383,4 +436,4 @@ class Study:
 def study(work: Work, servers: Sequence[Server], trials: Sequence[Trial], calibration: Trial | None) -> Study:
     by_server = [(server, [trial for trial in trials if trial.server == server.name]) for server in servers]
     figures = [figures_of(server, work, mine, calibration) for server, mine in by_server if mine]
-    return Study(work, calibration, figures, comparisons(figures))
+    return Study(work, calibration, figures, comparisons(figures), _ideals(figures))

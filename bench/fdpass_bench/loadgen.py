@@ -343,6 +343,7 @@ class NullServer:
             with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
                 self.address: tuple[str, int] = listener.getsockname()
                 self._process.send(listener)
+            self._process.recv()  # it serves: the first connection does not pay for the start
         except BaseException:
             self._process.close()
             raise
@@ -368,6 +369,7 @@ def _answer(channel: fdpass.Channel) -> None:
         except fdpass.EndOfChannel:
             return
         with listener:
+            channel.send(None)
             code = lib.flg_null_server(listener.fileno(), channel.fileno())
     if code < 0:
         raise OSError(-code, os.strerror(-code))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import ipaddress
 import os
 import pwd
@@ -213,6 +214,8 @@ PEERS: dict[str, Callable[[Order], Recipe]] = {
 class Peer:
     """A server of PEERS with `workers` worker processes on a loopback port, from `with` until its end, when nothing of it is left.
 
+    It ends as well when this process is killed.
+
     Each request is held for the nanoseconds in its Fdpass-Service header, by sleeping or by burning processor time (work), where
     service is true; else nginx needs no Perl. The answer's body is "fdpass PID ACCEPTED STARTED 0", both times when the application saw
     the request, in CLOCK_MONOTONIC nanoseconds; 0 where nginx answers without Perl. keep_alive: connections stay open for an hour, else
@@ -306,9 +309,11 @@ class Peer:
                 return
             with open(self._folder / "output", "wb") as output:
                 try:
+                    (self._folder / "guarded.py").write_text(_GUARDED)
+                    guarded = [sys.executable, "-I", "-S", "guarded.py", str(os.getpid()), str(_STOP_LIMIT), str(self._folder)]
                     # A session of its own: Ctrl-C is for us, and all its processes are known by it, orphans too.
                     self._master = subprocess.Popen(
-                        self.command,
+                        [*guarded, *self.command],
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=subprocess.STDOUT,
@@ -361,7 +366,7 @@ class Peer:
         with self._lock:
             self._over = True
         if self._master is not None and self._master.returncode is None:
-            _end_session(self._master.pid)
+            _end_session(self._master.pid, _STOP_LIMIT)
             self._master.wait()
         if self._reservation is not None:
             self._reservation.close()
@@ -396,15 +401,17 @@ def _wait(pidfds: set[int], seconds: float) -> set[int]:
     return {fd for fd, _ in poll.poll(max(0, seconds) * 1000)}
 
 
-def _end_session(leader: int) -> None:
-    """Ends every process of a session whose leader is an uncollected child: asked first, killed when that does not help."""
+def _end_session(leader: int, seconds: float) -> None:
+    """Ends every process of a session but this one: its leader is asked first and has so many seconds, then all are killed.
+
+    The leader is an uncollected child or this process is in the session: else its number could come to mean another one.
+    """
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(_pidfd(leader))
-        known = {leader: first}
+        known: dict[int, int] = {}
 
         def living() -> set[int]:
             """A pidfd for each process of the session, known or new, that has not ended. A pidfd cannot come to mean another process."""
-            for pid in psutil.pids():
+            for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}:
                 with contextlib.suppress(ProcessLookupError):
                     if pid not in known and os.getsid(pid) == leader:
                         fd = stack.enter_context(_pidfd(pid))
@@ -417,16 +424,54 @@ def _end_session(leader: int) -> None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signum)
 
-        if first in living():
-            send(first, signal.SIGTERM)
-            _wait({first}, _STOP_LIMIT)
+        left = living()
+        if known.get(leader) in left:
+            send(known[leader], signal.SIGTERM)
+            _wait({known[leader]}, seconds)
         # A process may have begun another while it was being killed: until a look finds none.
-        limit = time.monotonic() + _STOP_LIMIT
+        limit = time.monotonic() + seconds
         while (left := living()) and time.monotonic() < limit:
             for fd in left:
                 send(fd, signal.SIGKILL)
             while left and time.monotonic() < limit:
                 left -= _wait(left, limit - time.monotonic())
+
+
+def _guarded() -> None:
+    """Becomes the server, after leaving a guardian in its session, which ends that session when the caller dies before it has done so."""
+    caller, seconds, folder, *command = sys.argv[1:]
+    with contextlib.suppress(ProcessLookupError):
+        died = os.pidfd_open(int(caller))
+    # No longer its child: the caller has died already, and the number may be another's.
+    if os.getppid() != int(caller):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    if os.fork() > 0:
+        os.wait()
+        # Python ignores these two, and so would the server.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        try:
+            os.execvp(command[0], command)
+        except OSError as error:
+            sys.exit(f"{command[0]}: {error.strerror}")
+    # A grandchild: the server has no child that it did not start. It leaves the group, which a server may send a signal.
+    if os.fork() == 0:
+        os.setpgid(0, 0)
+        select.select([died], [], [])
+        _end_session(os.getsid(0), float(seconds))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+#: A program of these functions alone: it must not hold up the start of the server, and this module imports much.
+_GUARDED = "\n".join(
+    [
+        "from __future__ import annotations",
+        "import contextlib, os, select, shutil, signal, sys, time",
+        *(inspect.getsource(function) for function in (_pidfd, _wait, _end_session, _guarded)),
+        "_guarded()",
+    ]
+)
 
 
 # -------------------------------------------------------------------------------- what runs already

@@ -21,7 +21,7 @@ from fdpass_bench import estimate, measure
 from fdpass_bench.balance import SCENARIOS, Run
 from fdpass_bench.clients import OUTCOMES
 from fdpass_bench.figures import Study
-from fdpass_bench.steady import Trial, Work
+from fdpass_bench.steady import Trial
 
 _TITLES = {
     "idle": "idle: spaced connections to idle workers",
@@ -143,8 +143,12 @@ def _show_study(study: Study, out: Console) -> None:
     if study.figures:
         out.print(_latencies(study), "")
         out.print(_costs(study), "")
-    if study.calibration is not None:
-        out.print(_calibrated(study.calibration))
+    if (calibration := study.calibration_json()) is not None:
+        out.print(_calibrated(calibration))
+    if study.ideals:
+        bound = study.ideals["one queue"].mean
+        shares = [f"{queues} {one.mean / bound:.0%}" for queues, one in study.ideals.items() if queues != "one queue"]
+        out.print(f"Ideal policies with these workers, as shares of the one-queue bound: {', '.join(shares)}.")
     for one in study.figures:
         if not one.valid:
             out.print(f"{one.name} is INVALID and says nothing: {'; '.join(one.reasons)}.")
@@ -172,18 +176,20 @@ def _plain_table(title: str) -> Table:
     return table
 
 
-def _title(work: Work) -> str:
+def _title(study: Study) -> str:
+    work = study.work
     if work.clients:
         asked = f"closed loop of {work.clients} clients"
     else:
         asked = f"{work.rate:.4g} connections/s" + (f" (load {work.load:.2g})" if work.load else "")
     service = f"{work.service * 1e3:.4g} ms {work.distribution}" if work.service else "no service time"
     kept = f", {work.requests} requests each" if work.requests > 1 else ""
-    return f"steady: {asked}, {work.workers} workers, {service}, {work.repeats} x {work.connections}{kept}"
+    workers = "" if all(one.server.kind == "target" for one in study.figures) else f", {work.workers} workers, {service}"
+    return f"steady: {asked}{workers}, {work.repeats} x {work.connections}{kept}"
 
 
 def _latencies(study: Study) -> Table:
-    table = _plain_table(_title(study.work) + "\nlatency in ms from the schedule to the end of the answer; bound: one queue")
+    table = _plain_table(_title(study) + "\nlatency in ms from the schedule to the end of the answer; bound: one queue")
     _columns(table, "mean", "+-95%", "p50", "p90", "p99", "p99.9", "max", "theory\nmean", "\np99", "of\nbound")
     for one in study.figures:
         found, known = one.interval, one.prediction
@@ -209,15 +215,16 @@ def _costs(study: Study) -> Table:
     _columns(table, "max/\nmean", "Jain", "switches\n/ conn.", "CPU us\n/ conn.")
     table.add_column("outcomes", overflow="fold")
     for one in study.figures:
-        counts = one.requests_per_worker if kept else one.per_worker
+        counts = "requests_of" if kept else "connections_of"
+        jain = one.evenness(counts, estimate.jain)
         cpu = one.per_connection("cpu_seconds")
         outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in one.outcomes.items() if count or name == "ok")
         table.add_row(
             one.name + ("" if one.valid else " INVALID"),
             _shares(one.per_worker) or "-",
-            *([_shares(counts) or "-"] if kept else []),
-            _figure(estimate.max_over_mean(counts) if counts else None),
-            "-" if not counts else f"{estimate.jain(counts):.3f}",
+            *([_shares(one.requests_per_worker) or "-"] if kept else []),
+            _figure(one.evenness(counts, estimate.max_over_mean)),
+            "-" if jain is None else f"{jain:.3f}",
             _figure(one.switches_per_connection),
             "-" if cpu is None else f"{cpu * 1e6:.0f}",
             outcomes,
@@ -226,16 +233,13 @@ def _costs(study: Study) -> Table:
     return table
 
 
-def _calibrated(trial: Trial) -> str:
-    answered = sorted(value for value in trial.latency if value is not None)
-    if not answered:
-        return "The null server did not answer."
-    lag = sorted(trial.lag)
-    mean, late = sum(answered) / len(answered), lag[(len(lag) - 1) * 99 // 100]
-    cpu = trial.generator_cpu_seconds / len(answered)
+def _calibrated(found: dict[str, Any]) -> str:
+    latency, lag = found["latency_ms"], found["lag_ms"]
+    if not latency:
+        return f"A server that answers at once did not answer: {found['problem'] or 'no connection came about'}."
     return (
-        f"Against a server that answers at once: mean {_ms(mean)} ms, p99 {_ms(answered[(len(answered) - 1) * 99 // 100])} ms, "
-        f"schedule lag p99 {_ms(late)} ms; the generator spends {cpu * 1e6:.1f} us on a connection."
+        f"Against a server that answers at once: mean {latency['mean']:.3g} ms, p99 {latency['p99']:.3g} ms, "
+        f"schedule lag p99 {lag['p99']:.3g} ms; the generator spends {found['generator_cpu_us_per_connection']} us on a connection."
     )
 
 
@@ -318,6 +322,7 @@ def as_json(runs: Iterable[Run], study: Study | None, began: float, interrupted:
         found |= {
             "work": work,
             "calibration": study.calibration_json(),
+            "ideals": {queues: {"mean_ms": round(one.mean * 1e3, 4), "how": one.how} for queues, one in study.ideals.items()},
             "comparisons": [comparison.as_json() for comparison in study.comparisons],
         }
     return found

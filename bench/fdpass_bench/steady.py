@@ -3,10 +3,11 @@ It measures one trial at a time and keeps the raw figures; what they mean is fig
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import fdpass
@@ -15,6 +16,7 @@ from fdpass_bench.balance import Strategy
 
 _SETTLE = 0.1  # seconds for what is left of the workers' start
 _IDLE_WINDOW = 0.25  # seconds in which nothing happens, to know what idle workers cost
+_NEXT = 1_000_000  # nanoseconds after an answer by which its worker is free for the next
 _CALIBRATION = 1.0  # seconds of the schedule that the null server gets, about
 
 #: How each strategy queues, in the words of theory.py.
@@ -159,16 +161,21 @@ class TargetServer:
     def name(self) -> str:
         return self.target.text
 
+    @property
+    def serving(self) -> Serving:
+        return Serving(self.target.host, self.target.port, protocol=self.target.protocol, path=self.target.path)
+
     @contextmanager
     def serve(self, work: Work) -> Iterator[Serving]:
-        yield Serving(self.target.host, self.target.port, protocol=self.target.protocol, path=self.target.path)
+        yield self.serving
 
 
 @dataclass
 class Trial:
     """One server under one repeat of the work. Columns have one entry for each request, in the order of the schedule; seconds.
 
-    lag: how late the generator began it. latency: from the schedule to the end of the answer, None where there was none.
+    lag: how late the generator began it; not of a closed loop's opening burst. latency: from the schedule to the end of the answer, None
+        where there was none.
     connect, queue, service: the parts of the latency after the lag; queue and service only of answers that say when they began.
     other: what of the latency was not waiting for a worker, and occupied: how long it kept its worker from the next connection;
     of our own workers only, one request per connection.
@@ -188,41 +195,54 @@ class Trial:
     connections_of: dict[int, int] = field(default_factory=dict)  # by worker, as its answers name it
     requests_of: dict[int, int] = field(default_factory=dict)
     offered_per_s: float | None = None
-    achieved_per_s: float = 0.0
+    achieved_per_s: float | None = None
     begun_per_s: float = 0.0
     seconds: float = 0.0
     cpu_seconds: float | None = None  # of the server's workers
     generator_cpu_seconds: float = 0.0
+    idle_switches_per_second: float | None = None  # voluntary, of all workers together
     switches: float | None = None  # voluntary, of the workers, without what idle workers cost in that time
     overflows: int = 0
     drops: int = 0
     problem: str | None = None  # why it was not measured at all
 
 
-def calibrate(generator: loadgen.Generator, work: Work) -> Trial:
-    """The work's own arrivals against a server that answers at once: what remains is the generator's and the kernel's."""
+def calibrate(work: Work) -> Trial:
+    """The work's arrivals, at 100 a second or more, against a server that answers at once: what remains is the generator's and kernel's."""
     trial = Trial("null server", 0)
-    with loadgen.NullServer() as null:
-        load = work.load_of(Serving(*null.address), 0)
-        count = load.connections if load.rate is None else min(load.connections, max(100, int(load.rate * _CALIBRATION)))
-        fields = {**vars(load), "connections": min(count, 20000), "requests": 1, "service": 0.0, "think": 0.0}
-        _take(trial, generator.run(loadgen.Load(**fields)), 1, load.rate is not None)
+    try:
+        with loadgen.Generator() as generator, loadgen.NullServer() as null:
+            load = work.load_of(Serving(*null.address), 0)
+            rate = None if load.rate is None else max(100.0, load.rate)
+            count = min(load.connections, 20000) if rate is None else int(rate * _CALIBRATION)
+            fields = {**vars(load), "rate": rate, "connections": count, "requests": 1, "service": 0.0, "think": 0.0}
+            _take(trial, generator.run(loadgen.Load(**fields)), replace(work, requests=1), believed=False)
+    except (OSError, RuntimeError, fdpass.FdPassError) as error:
+        trial.problem = str(error)
     return trial
 
 
-def measure_trial(generator: loadgen.Generator, server: Server, work: Work, repeat: int, ended: Callable[[int], None]) -> Trial:
+def measure_trial(server: Server, work: Work, repeat: int, ended: Callable[[int], None]) -> Trial:
     """Starts the server, loads it, ends it. What went wrong is the trial's `problem`, never an exception."""
     trial = Trial(server.name, repeat)
     try:
-        with server.serve(work) as serving:
-            _load(trial, generator, serving, work, repeat, ended)
+        # A generator of its own for each: none inherits the trouble of another.
+        with server.serve(work) as serving, loadgen.Generator() as generator:
+            _load(trial, generator, serving, work, repeat, ended, believed=server.kind != "target")
     except (OSError, RuntimeError, peers.PeerError, fdpass.FdPassError) as error:
-        known = isinstance(error, (peers.PeerError, fdpass.FdPassError))
-        trial.problem = str(error) if known else f"{type(error).__name__}: {error}"
+        trial.problem = str(error)
     return trial
 
 
-def _load(trial: Trial, generator: loadgen.Generator, serving: Serving, work: Work, repeat: int, ended: Callable[[int], None]) -> None:
+def _load(
+    trial: Trial,
+    generator: loadgen.Generator,
+    serving: Serving,
+    work: Work,
+    repeat: int,
+    ended: Callable[[int], None],
+    believed: bool,
+) -> None:
     pids = list(serving.pids())
     idle_rate = 0.0
     if pids:
@@ -230,26 +250,28 @@ def _load(trial: Trial, generator: loadgen.Generator, serving: Serving, work: Wo
         switches = measure.Switches(pids)
         began = time.monotonic()
         time.sleep(_IDLE_WINDOW)
-        idle_rate = switches.total() / (time.monotonic() - began)
+        idle_rate = trial.idle_switches_per_second = switches.total() / (time.monotonic() - began)
     counters = measure.listen_counters()
     cpu = sum(map(measure.cpu_seconds, pids))
     switches = measure.Switches(pids)
     began = time.monotonic()
     result = generator.run(work.load_of(serving, repeat), ended)
     trial.seconds = time.monotonic() - began
+    after = measure.listen_counters()
+    trial.overflows, trial.drops = after[0] - counters[0], after[1] - counters[1]
+    _take(trial, result, work, believed)
     if pids:
         try:
             trial.cpu_seconds = (sum(map(measure.cpu_seconds, pids)) - cpu) or None
             trial.switches = switches.total() - idle_rate * trial.seconds
-        except FileNotFoundError as error:
-            raise RuntimeError(f"a worker of {trial.server} ended while it was loaded ({error.filename})") from error
-    after = measure.listen_counters()
-    trial.overflows, trial.drops = after[0] - counters[0], after[1] - counters[1]
-    _take(trial, result, work.requests, work.rate is not None)
+        except FileNotFoundError:
+            left = sum(map(os.path.exists, (f"/proc/{pid}" for pid in pids)))
+            trial.problem = f"{len(pids) - left} of {len(pids)} workers ended while they were loaded"
 
 
-def _take(trial: Trial, result: loadgen.Result, requests: int, open_loop: bool) -> None:
-    """Copies what the columns say: they go with the result."""
+def _take(trial: Trial, result: loadgen.Result, work: Work, believed: bool) -> None:
+    """Copies what the columns say: they go with the result. `believed`: whether the server's answers tell of its workers."""
+    requests = work.requests
     scheduled, begun, ended = result.scheduled.tolist(), result.begun.tolist(), result.answered.tolist()
     connected, accepted, started = result.connected.tolist(), result.accepted.tolist(), result.started.tolist()
     free, worker, outcomes = result.free.tolist(), result.worker.tolist(), result.outcome.tolist()
@@ -260,15 +282,20 @@ def _take(trial: Trial, result: loadgen.Result, requests: int, open_loop: bool) 
         if outcome >= 0:
             # A request whose connection had ended before its turn came was never due, and took no time.
             spent.setdefault(outcome, []).append(took if scheduled[row] else 0.0)
-        if begun[row]:
+        # A closed loop begins all its clients at once, and nobody had promised them that instant.
+        if begun[row] and (row >= work.clients * requests or row % requests):
             trial.lag.append((begun[row] - scheduled[row]) / 1e9)
         trial.latency.append(took if outcome == ok else None)
         if outcome != ok:
             continue
         trial.connect.append((connected[row] - begun[row]) / 1e9)
-        if started[row]:
+        if not believed:
+            worker[row] = -1
+        if believed and scheduled[row] <= accepted[row] <= started[row] <= ended[row] and free[row] <= accepted[row]:
             trial.queue.append(max(0, started[row] - connected[row]) / 1e9)
             trial.service.append((ended[row] - started[row]) / 1e9)
+        else:
+            accepted[row] = 0  # nothing is known: of somebody else's server, though its answers look like ours, or by another clock
         if worker[row] >= 0:
             trial.requests_of[worker[row]] = trial.requests_of.get(worker[row], 0) + 1
             if row % requests == 0:
@@ -283,7 +310,7 @@ def _take(trial: Trial, result: loadgen.Result, requests: int, open_loop: bool) 
         first = scheduled[0]
         window = (scheduled[(len(outcomes) - 1) // requests * requests] - first) / 1e9
         count = len(outcomes) // requests
-        trial.offered_per_s = (count - 1) / window if open_loop and window > 0 else None
+        trial.offered_per_s = (count - 1) / window if work.rate is not None and window > 0 else None
         trial.begun_per_s = _per_second(len(firsts) - 1, max(begun[row] for row in firsts) - first)
         whole = [row for row in firsts if outcomes[row + requests - 1] == ok]
         if whole:
@@ -314,6 +341,7 @@ def _occupation(
     for row, taken in enumerate(accepted):
         if taken and free[row]:
             rows_of.setdefault(worker[row], []).append(row)
+    whole = trial.outcomes["ok"] == len(ended)
     for rows in rows_of.values():
         rows.sort(key=accepted.__getitem__)
         for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -321,7 +349,8 @@ def _occupation(
             there = max(free[row], min(connected[row], accepted[row]))
             waited = max(0, free[row] - min(connected[row], accepted[row]))
             trial.other.append((ended[row] - scheduled[row] - waited) / 1e9)
-            if following is not None:
+            # Where answers were lost the next one may not be of the worker's next connection: then the worker seems busy for longer.
+            if following is not None and (whole or free[following] - ended[row] < _NEXT):
                 trial.occupied.append((free[following] - there) / 1e9)
 
 
