@@ -141,6 +141,9 @@ def _table(scenario: str, runs: Sequence[Run]) -> Table:
 
 def _show_study(study: Study, out: Console) -> None:
     if study.figures:
+        # Not the table's own title, which would be wrapped at the table's width.
+        out.print(_title(study), style="bold")
+        out.print("latency in ms from the schedule to the end of the answer; bound: one queue")
         out.print(_latencies(study), "")
         out.print(_costs(study), "")
     if (calibration := study.calibration_json()) is not None:
@@ -168,8 +171,8 @@ def _columns(table: Table, *names: str) -> None:
         table.add_column(name, justify="right", no_wrap=True)
 
 
-def _plain_table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+def _plain_table() -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.padding = (0, 0)
     table.pad_edge = False
     table.add_column("server", overflow="fold", min_width=18)
@@ -189,7 +192,7 @@ def _title(study: Study) -> str:
 
 
 def _latencies(study: Study) -> Table:
-    table = _plain_table(_title(study) + "\nlatency in ms from the schedule to the end of the answer; bound: one queue")
+    table = _plain_table()
     _columns(table, "mean", "+-95%", "p50", "p90", "p99", "p99.9", "max", "theory\nmean", "\np99", "of\nbound")
     for one in study.figures:
         found, known = one.interval, one.prediction
@@ -207,7 +210,7 @@ def _latencies(study: Study) -> Table:
 
 
 def _costs(study: Study) -> Table:
-    table = _plain_table("shares and costs")
+    table = _plain_table()
     kept = study.work.requests > 1
     table.add_column("per worker", no_wrap=True)
     if kept:
