@@ -25,6 +25,8 @@ from fdpass_bench.peers import PEERS, Peer, PeerError, Recipe, Target
 
 SERVICE = 20_000_000  # ns
 
+PRELOADED = {name: value for name, value in os.environ.items() if name == "LD_PRELOAD"}
+
 
 @pytest.fixture(autouse=True)
 def no_preload(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +263,7 @@ def test_an_interrupt_while_it_ends() -> None:
 ENTER = """
 import os, signal
 from fdpass_bench.peers import Peer
+os.environ.pop("LD_PRELOAD", None)
 with Peer("gunicorn", 2, True) as server:
     print(os.getsid(server.pids()[0]), server.address[1], flush=True)
     signal.pause()
@@ -271,7 +274,9 @@ with Peer("gunicorn", 2, True) as server:
 def test_whoever_entered_it_is_killed(first: signal.Signals) -> None:
     patient = "import fdpass_bench.peers as peers; peers._STOP_LIMIT = 0.3" if first == signal.SIGSTOP else ""
     with contextlib.ExitStack() as stack:
-        entered = stack.enter_context(subprocess.Popen([sys.executable, "-c", patient + ENTER], stdout=subprocess.PIPE, text=True))
+        # This one loads our C, and so the sanitizer's library where that was built with it.
+        command, environment = [sys.executable, "-c", patient + ENTER], {**os.environ, **PRELOADED}
+        entered = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         stack.callback(entered.kill)
         assert entered.stdout is not None
         leader, port = map(int, entered.stdout.readline().split())
