@@ -214,7 +214,7 @@ def calibrate(work: Work) -> Trial:
         with loadgen.Generator() as generator, loadgen.NullServer() as null:
             load = work.load_of(Serving(*null.address), 0)
             rate = None if load.rate is None else max(100.0, load.rate)
-            count = min(load.connections, 20000) if rate is None else int(rate * _CALIBRATION)
+            count = min(load.connections if rate is None else int(rate * _CALIBRATION), 20000)
             fields = {**vars(load), "rate": rate, "connections": count, "requests": 1, "service": 0.0, "think": 0.0}
             _take(trial, generator.run(loadgen.Load(**fields)), replace(work, requests=1), believed=False)
     except (OSError, RuntimeError, fdpass.FdPassError) as error:
