@@ -236,7 +236,23 @@ class _Process:
             self._process.close()
 
 
-class Generator:
+class _Owner:
+    """Whoever has a process, from `with` until its end."""
+
+    _process: _Process
+
+    def close(self) -> None:
+        """Ends the process; again does nothing."""
+        self._process.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Generator(_Owner):
     """A process that makes the connections, so that its clock does not wait for this process's interpreter. Context manager.
 
     One run at a time, any number after each other. Raises RuntimeError where it cannot be (not Linux).
@@ -288,16 +304,6 @@ class Generator:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Ends the process; again does nothing."""
-        self._process.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
 
 def _generate(channel: fdpass.Channel) -> None:
     """What runs in the generator's process: a run for each (load, file of its columns) that arrives."""
@@ -330,7 +336,7 @@ def _run(channel: fdpass.Channel) -> int:
         return -(error.errno or errno.EIO)
 
 
-class NullServer:
+class NullServer(_Owner):
     """A server in a process of its own that answers each HTTP request at once, from C. Context manager.
 
     .address: (host, port), on IPv4 loopback; .pid. Raises OSError, RuntimeError where it cannot be (not Linux).
@@ -348,16 +354,6 @@ class NullServer:
             self._process.close()
             raise
 
-    def close(self) -> None:
-        """Ends the process; again does nothing."""
-        self._process.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
 
 def _answer(channel: fdpass.Channel) -> None:
     """What runs in the null server's process."""
@@ -369,7 +365,9 @@ def _answer(channel: fdpass.Channel) -> None:
         except fdpass.EndOfChannel:
             return
         with listener:
-            channel.send(None)
+            # Whoever is gone by now is found to be so by the server, which watches the channel.
+            with contextlib.suppress(fdpass.BrokenChannelError, ConnectionError):
+                channel.send(None)
             code = lib.flg_null_server(listener.fileno(), channel.fileno())
     if code < 0:
         raise OSError(-code, os.strerror(-code))
