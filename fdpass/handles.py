@@ -20,8 +20,7 @@ Reduced = tuple[Any, ...]
 class SocketHandle:
     """A picklable share in a socket: it duplicates sock at once, so sock may be closed.
 
-    Pickles as an argument of a process that is being started and inside Channel.send(). Every pickle that is loaded gives a
-    handle of its own; open() turns it into a socket with the timeout, family, type and protocol of the original.
+    Pickles with any pickler. Every pickle that is loaded gives a handle of its own, each pickle `claims` times; open() turns it into a socket with the timeout, family, type and protocol of the original.
 
     sock:   any socket but an SSLSocket. claims: how often one pickle of it may be loaded, at least 1.
     Raises TypeError, ValueError (closed, SSL, claims), OSError (no free descriptor).
@@ -71,7 +70,7 @@ class SocketHandle:
 
     def __reduce__(self) -> Reduced:
         fd = self._fileno("pickle")
-        return _rebuild_handle, (_carriers.carry(fd, "SocketHandle"), self._timeout, self._claims)
+        return _rebuild_handle, (_carriers.carry(fd, "SocketHandle", self._claims), self._timeout, self._claims)
 
     def __enter__(self) -> Self:
         return self
