@@ -34,7 +34,7 @@ Address = tuple[str, int, int, str]
 PATIENCE = 20.0
 #: Connections to owners that are kept between claims.
 KEPT = 16
-PREFIX = "fdpass-"
+PREFIX = "fdpass-store-"
 #: sun_path has 108 bytes on Linux and 104 elsewhere, one of them the closing zero.
 _SUN_PATH = 100
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _carriers, _syscall
@@ -169,4 +170,7 @@ def rebuild_connection(token: _carriers.Token, readable: bool, writable: bool) -
 
 
 _carriers.raw_reducers[socket.socket] = reduce_socket
+# These pickle by themselves; here they are seen by whoever treats all that holds a descriptor alike.
+_carriers.raw_reducers[OwnedFd] = reduce_owned
+_carriers.raw_reducers[SocketHandle] = methodcaller("__reduce__")
 _carriers.raw_reducers["multiprocessing.connection.Connection"] = reduce_connection

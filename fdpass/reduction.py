@@ -1,55 +1,257 @@
-"""register(): fdpass's reducers inside multiprocessing's own pickler, put there and taken away exactly."""
+"""register(): fdpass inside multiprocessing's own pickler, in this process and in those that multiprocessing starts from it.
+
+What is put there, and taken away exactly: two methods of ForkingPickler, DupFd, and one more entry in a child's preparation data.
+"""
 
 from __future__ import annotations
 
+import sys
+import traceback
+import warnings
 from contextlib import contextmanager
+from multiprocessing import reduction as mp_reduction
+from multiprocessing import spawn as mp_spawn
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import fdpass.handles  # noqa: F401  (the reducers themselves)
-from fdpass import _carriers
+from fdpass import _carriers, _store, _syscall
+from fdpass.errors import ClosedError, TicketError
+from fdpass.fds import OwnedFd, _own
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
-def _override(pickler: ForkingPickler, obj: Any) -> Any:
-    """Sockets and connections that are arguments of a process being started are ours; any other pickle stays the standard library's."""
-    reducer = _carriers.raw_reducer(type(obj))
-    if reducer is None or _carriers.spawning_popen() is None:
-        return NotImplemented
-    return reducer(obj)
+def register(max_unclaimed: int | None = None, ttl: float | None = None, linger: float = 2.0) -> None:
+    """Makes raw sockets (subclasses too) and connections travel by fdpass's rules through every multiprocessing queue, pipe, pool
+    and process of this program, and with them what is built on multiprocessing.reduction.DupFd: shared ctypes, torch tensors.
 
+    max_unclaimed: how many pickled descriptors may wait to be loaded; never more than three quarters of RLIMIT_NOFILE, which is
+    also what None means. ttl: seconds after which one that nobody loaded is closed, None never. linger: seconds that the process
+    waits at its exit while some are unclaimed.
 
-def register() -> None:
-    """Makes raw sockets (subclasses too) and connections, as arguments of multiprocessing processes, travel by fdpass's rules:
-    timeout kept, the same descriptor any number of times, hundreds of them under forkserver, a closed one refused before the start.
-
-    For the whole process, whichever context starts the child; the child needs nothing. Twice is once. Elsewhere (Queue, Pipe)
-    pickling stays the standard library's. Raises RuntimeError when another library has put its own hook in the same place.
+    Holds for the whole process and for what it starts by fork, spawn or forkserver, whose programs need no line; a process without
+    it loads the pickles all the same. Again it only changes the settings. Raises TypeError and ValueError for a setting,
+    RuntimeError when another library has put its own hook in the same place.
     """
+    wanted = _store.Settings(max_unclaimed, ttl, linger)
     # The hook is asked before any dispatch table, so whoever registers there before or after us changes nothing.
     present = ForkingPickler.__dict__.get("reducer_override")
-    if present is _override:
-        return
-    if present is not None:
+    if present is not None and present is not _override:
         raise RuntimeError(f"ForkingPickler has a reducer_override already: {present!r}")
-    ForkingPickler.reducer_override = _override  # type: ignore[method-assign, assignment]  # the documented hook, set from outside
+    _store.configure(wanted)
+    for owner, name, ours in _PLACES:
+        before = owner.__dict__.get(name)
+        if before is not ours:
+            _replaced[name] = before
+            setattr(owner, name, ours)
 
 
 def unregister() -> None:
-    """Takes away what register() put there, and nothing else; without a register() before it does nothing."""
-    if ForkingPickler.__dict__.get("reducer_override") is _override:
-        del ForkingPickler.reducer_override
+    """Takes away what register() put there, and nothing else; without a register() before it does nothing.
+
+    What somebody else has wrapped in the meantime stays where it is, and does what it did before.
+    """
+    for owner, name, ours in _PLACES:
+        if owner.__dict__.get(name) is not ours:
+            continue
+        before = _replaced[name]
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+    _store.configure(_store.Settings())
 
 
 @contextmanager
-def registered() -> Iterator[None]:
-    """register() for the length of a with block. Inside one, or after a register(), it changes nothing."""
-    before = ForkingPickler.__dict__.get("reducer_override") is _override
-    register()
+def registered(max_unclaimed: int | None = None, ttl: float | None = None, linger: float = 2.0) -> Iterator[None]:
+    """register() for the length of a with block. Inside one, or after a register(), only the settings change, and change back."""
+    before = _store.settings() if _is_registered() else None
+    register(max_unclaimed, ttl, linger)
     try:
         yield
     finally:
-        if not before:
+        if before is None:
             unregister()
+        else:
+            _store.configure(before)
+
+
+def _is_registered() -> bool:
+    return ForkingPickler.__dict__.get("reducer_override") is _override
+
+
+# -- what is put in place ------------------------------------------------------------------------------------------------------
+
+
+def _override(pickler: ForkingPickler, obj: Any) -> Any:
+    """ForkingPickler.reducer_override: sockets, connections and our own are ours, everything else pickles as it did."""
+    reducer = _carriers.raw_reducer(type(obj))
+    if reducer is None:
+        return NotImplemented
+    try:
+        return reducer(obj)
+    except (ValueError, ClosedError) as error:
+        report = _feeder_report() if _closed(obj) else None
+        if report is None:
+            raise
+        if report is not sys.modules["multiprocessing.queues"].Queue._on_queue_feeder_error:
+            # ProcessPoolExecutor's sets the exception of the future, which needs no more than a better word.
+            raise ValueError(_cure(obj)) from error
+        return _lost(obj)
+
+
+def _dump(pickler: ForkingPickler, obj: Any) -> None:
+    """ForkingPickler.dump: tickets of a pickling that fails are withdrawn, for nobody will ever claim them."""
+    before = _replaced.get("dump")
+    made: list[bytes] = []
+    token = _store.making.set(made)
+    try:
+        if before is None:
+            super(ForkingPickler, pickler).dump(obj)
+        else:
+            before(pickler, obj)
+    except BaseException:
+        for ticket in made:
+            _store.withdraw(ticket)
+        raise
+    finally:
+        _store.making.reset(token)
+    # A pickling inside a pickling: the outer one may fail yet.
+    outer = _store.making.get()
+    if outer is not None:
+        outer += made
+
+
+def DupFd(fd: int) -> Any:
+    """multiprocessing.reduction.DupFd: an object that pickles and whose detach() gives, once, the number of a duplicate of fd."""
+    if not _is_registered() or _carriers.spawning_popen() is not None:
+        return _replaced["DupFd"](fd)
+    return _Duplicate(fd)
+
+
+class _Duplicate:
+    """What our DupFd returns: a duplicate here, a ticket in the pickle, claimed by detach() there."""
+
+    __slots__ = ("_owned", "_token")
+
+    def __init__(self, fd: int) -> None:
+        self._token: _carriers.Token | None = None
+        self._owned: OwnedFd | None = _own(_syscall.dup(fd))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._token is not None:
+            return _arrived, (self._token,)
+        if self._owned is None:
+            raise ClosedError("this duplicate was detached already")
+        return _arrived, (_carriers.carry(self._owned.fileno(), "DupFd"),)
+
+    def detach(self) -> int:
+        """The number, which is the caller's to close. Raises TicketError, ClosedError, DescriptorsLostError, OSError."""
+        if self._token is not None:
+            return _carriers.claim(self._token).release()
+        owned, self._owned = self._owned, None
+        if owned is None:
+            raise ClosedError("this duplicate was detached already")
+        return owned.release()
+
+    def __del__(self) -> None:
+        owned = getattr(self, "_owned", None)
+        if owned is not None:
+            owned.close()
+
+
+def _arrived(token: _carriers.Token) -> _Duplicate:
+    duplicate = _Duplicate.__new__(_Duplicate)
+    duplicate._token, duplicate._owned = token, None
+    return duplicate
+
+
+def _get_preparation_data(name: str) -> dict[str, Any]:
+    """multiprocessing.spawn.get_preparation_data: what a spawned or fork-server child loads before anything else."""
+    data: dict[str, Any] = _replaced["get_preparation_data"](name)
+    if _is_registered():
+        data["fdpass"] = _Arrival(data.get("sys_path", sys.path), _store.settings())
+    return data
+
+
+class _Arrival:
+    """Registers in the process that unpickles it, where fdpass can be imported, and does nothing where it cannot."""
+
+    def __init__(self, path: list[str], settings: _store.Settings) -> None:
+        self.path, self.settings = path, tuple(settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by a name of ours: the child has not got this process's sys.path yet, and an import that fails would end it.
+        return exec, (_ARRIVE, {"path": self.path, "settings": self.settings})
+
+
+_ARRIVE = """
+import sys
+before, sys.path = sys.path, path
+try:
+    from fdpass.reduction import register
+except ImportError:
+    pass
+else:
+    register(*settings)
+finally:
+    sys.path = before
+"""
+
+_PLACES: tuple[tuple[Any, str, Any], ...] = (
+    (ForkingPickler, "reducer_override", _override),
+    (ForkingPickler, "dump", _dump),
+    (mp_reduction, "DupFd", DupFd),
+    (mp_spawn, "get_preparation_data", _get_preparation_data),
+)
+#: What was in each of those places; None: nothing of its own.
+_replaced: dict[str, Callable[..., Any]] = {}
+
+
+# -- put(sock); sock.close() ---------------------------------------------------------------------------------------------------
+
+
+def _closed(obj: Any) -> bool:
+    """Whether obj has no descriptor any more."""
+    if getattr(obj, "closed", False):
+        return True
+    try:
+        return bool(obj.fileno() < 0)
+    except Exception:  # whatever a subclass raises, it is not known to be closed
+        return False
+
+
+def _feeder_report() -> Any:
+    """Where a queue's feeder thread is pickling, what it reports errors to (multiprocessing's own prints them and drops the item)."""
+    queues = sys.modules.get("multiprocessing.queues")
+    if queues is None:
+        return None
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not queues.Queue._feed.__code__:
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+    return None if frame is None else frame.f_locals.get("onerror")
+
+
+def _cure(obj: Any) -> str:
+    kind = type(obj).__name__
+    if kind == "SocketHandle":
+        cure = "Put the handle and let go of it without close(): it closes when the queue is done with it"
+    else:
+        cure = "Put a SocketHandle(sock) instead: it holds a duplicate, so sock may be closed at once"
+    return f"an item with a {kind} was put into a queue, and the {kind} was closed before the queue's thread had pickled it. {cure}"
+
+
+def _lost(obj: Any) -> tuple[Any, ...]:
+    """The item travels as its own error: get() raises it in the receiver, and this process is warned."""
+    text = _cure(obj)
+    try:
+        warnings.warn(f"{text}. The receiver's get() raises TicketError", RuntimeWarning, stacklevel=1)
+    except RuntimeWarning:  # where warnings are errors; raised here it would be printed and the item lost
+        traceback.print_exc()
+    return _raise_lost, (text,)
+
+
+def _raise_lost(text: str) -> NoReturn:
+    raise TicketError(text)
