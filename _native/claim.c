@@ -32,9 +32,12 @@ static int request(int sock, fdp_claim *claim) {
     sent = fdp_send(sock, (const char *)&packet, sizeof packet, NULL, 0, MSG_DONTWAIT);
     if (sent == -EINTR)
         return -EINTR;
+    /* An owner that refuses has closed by now, and its answer is there to be read. */
+    claim->stage = 1;
+    if (sent == -EPIPE)
+        return 0;
     if (sent < 0)
         return sent == -EAGAIN ? -EPIPE : (int)sent;
-    claim->stage = 1;
     return sent == (ssize_t)sizeof packet ? 0 : -EPIPE;
 }
 

@@ -119,6 +119,7 @@ typedef struct {
     unsigned long long expired;    /* tickets whose time ran out */
     unsigned long long withdrawn;
     unsigned long long unanswered; /* claims of unknown, claimed or expired tickets */
+    unsigned long long busy;       /* times that a claimant was told to ask again */
     unsigned long long refused;    /* connections of another uid */
     unsigned long long dropped;    /* connections closed for garbage, silence, half a packet or answers not read */
 } fdp_store_stats;

@@ -341,7 +341,7 @@ static int serve_claim(struct connection *from) {
     from->misses = 0;
     sent = reply(from->fd, packet.ticket, status, 0, store.entries[at].fd);
     /* Per user over all processes, and only without privileges: the claimant asks again until somebody has received some. */
-    if (sent == -ETOOMANYREFS)
+    if (sent == -ETOOMANYREFS && ++store.stats.busy)
         return reply(from->fd, packet.ticket, FDP_BUSY, 0, NONE) == (ssize_t)sizeof packet ? 0 : -1;
     if (sent != (ssize_t)sizeof packet)
         return -1; /* it does not read its answers, or is gone: the ticket was not used */

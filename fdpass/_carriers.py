@@ -102,8 +102,9 @@ def _raw_reducer(cls: Any) -> Callable[[Any], tuple[Any, ...]] | None:
 
 def spawning_popen() -> Any:
     """The Popen of the multiprocessing process whose arguments are being pickled in this thread, or None."""
-    context = sys.modules.get("multiprocessing.context")
-    return None if context is None else context.get_spawning_popen()
+    # A signal handler may pickle while the module is being imported.
+    get = getattr(sys.modules.get("multiprocessing.context"), "get_spawning_popen", None)
+    return None if get is None else get()
 
 
 # -- the inherited carrier, sending side -------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class StoreStats(NamedTuple):
 
     unclaimed: tickets that can be claimed, each one open descriptor. limit: how many there may be. made: tickets in all.
     claims: descriptors given. expired: tickets whose ttl ran out. withdrawn: tickets of pickles that failed. unanswered: claims
-    that named no live ticket. refused: connections of another uid. dropped: connections closed for garbage, silence, half a
+    that named no live ticket. busy: claims that were told to ask again (ETOOMANYREFS). refused: connections of another uid. dropped: connections closed for garbage, silence, half a
     packet, or answers that nobody read. connections: claimants connected now.
     """
 
@@ -55,6 +55,7 @@ class StoreStats(NamedTuple):
     expired: int
     withdrawn: int
     unanswered: int
+    busy: int
     refused: int
     dropped: int
     connections: int
@@ -65,7 +66,7 @@ def store_stats() -> StoreStats:
     now = _syscall.store_count()
     return StoreStats(
         now.unclaimed, _syscall.store_bound(_settings.max_unclaimed or 0), now.made, now.claims, now.expired, now.withdrawn,
-        now.unanswered, now.refused, now.dropped, now.connections,
+        now.unanswered, now.busy, now.refused, now.dropped, now.connections,
     )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ class _Folder:
         except BaseException:
             self.remove()
             raise
-        self.address: Address = (os.path.join(self.path, "s"), self.pid, os.geteuid(), boot())
+        self.address: Address = (os.path.join(self.path, "s"), self.pid, os.geteuid(), BOOT)
 
     def _make(self) -> None:
         base = _base()
@@ -177,7 +178,7 @@ def put(fd: int, what: str, claims: int = 1) -> tuple[Address, bytes]:
         if folder is None or folder.pid != os.getpid():
             folder = _start()
         ticket = _syscall.store_put(fd, claims, ttl_ns, _settings.max_unclaimed or 0)
-        if type(ticket) is bytes:
+        if isinstance(ticket, bytes):
             made = making.get()
             if made is not None:
                 made.append(ticket)
@@ -352,19 +353,16 @@ def _raised(fd: int) -> int:
     return _syscall.adopt(fd)
 
 
-def boot() -> str:
-    """What tells this host, since it was started, from every other."""
-    global _boot
-    if not _boot:
-        try:
-            with open("/proc/sys/kernel/random/boot_id") as file:
-                _boot = file.read().strip()
-        except OSError:
-            _boot = os.uname().nodename
-    return _boot
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return os.uname().nodename
 
 
-_boot = ""
+#: What tells this host, since it was started, from every other. Read now: later there may be no number free to read it with.
+BOOT = _boot_id()
 
 
 # -- the claimant's side -------------------------------------------------------------------------------------------------------
@@ -451,16 +449,16 @@ def claim(address: Address, ticket: bytes) -> OwnedFd:
             _no_number(code)
     else:
         _ask(address, scratch)
-    if scratch.ints[_FD] >= 0:
-        owned = OwnedFd.__new__(OwnedFd)
-        # No call between these two lines: see _syscall.Scratch.
-        owned._fd = scratch.ints[_FD]
-        scratch.ints[_FD] = -1
+    if scratch.ints[_FD] < 0:
+        status, pid = scratch.status, scratch.pid
         _claims.append(scratch)
-        return owned
-    status, pid = scratch.status, scratch.pid
+        _refused(status, pid, address)
+    owned = OwnedFd.__new__(OwnedFd)
+    # No call between these two lines: see _syscall.Scratch.
+    owned._fd = scratch.ints[_FD]
+    scratch.ints[_FD] = -1
     _claims.append(scratch)
-    _refused(status, pid, address)
+    return owned
 
 
 def _ask(address: Address, scratch: _syscall.Claim) -> None:
@@ -472,7 +470,7 @@ def _ask(address: Address, scratch: _syscall.Claim) -> None:
         try:
             connection = _kept[path].pop()
         except (KeyError, IndexError):
-            if where != boot():
+            if where != BOOT:
                 raise TicketError(
                     f"this descriptor was pickled on another host, or before this one was started again (pid {pid} there): "
                     "descriptors do not leave their host"
@@ -555,7 +553,8 @@ def _no_number(code: int) -> NoReturn:
     limit = soft_limit() if code == -errno.EMFILE else None
     table = f"this process's table is full (RLIMIT_NOFILE is {limit})" if limit is not None else "the system's table of open files is full"
     raise DescriptorsLostError(
-        f"a pickled descriptor cannot be loaded: needed 1 free number, got 0: {table}. Its ticket is untouched: close something and load again",
+        f"a pickled descriptor cannot be loaded: needed 1 free number, got 0: {table}. "
+        "Its ticket is untouched: close something and load again",
         1, 0, limit, b"", -code,
     )  # fmt: skip
 

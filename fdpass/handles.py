@@ -21,7 +21,8 @@ Reduced = tuple[Any, ...]
 class SocketHandle:
     """A picklable share in a socket: it duplicates sock at once, so sock may be closed.
 
-    Pickles with any pickler. Every pickle that is loaded gives a handle of its own, each pickle `claims` times; open() turns it into a socket with the timeout, family, type and protocol of the original.
+    Pickles with any pickler. Every pickle that is loaded gives a handle of its own; open() turns it into a socket with the
+    timeout, family, type and protocol of the original.
 
     sock:   any socket but an SSLSocket. claims: how often one pickle of it may be loaded, at least 1.
     Raises TypeError, ValueError (closed, SSL, claims), OSError (no free descriptor).
