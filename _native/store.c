@@ -55,6 +55,7 @@ static struct {
     pthread_t thread;
     int running, stopping, hooked;
     int listener, lock_file, wake[2];
+    int reserve; /* a number for one claimant in a process that has none left: serving it frees others */
 
     struct entry *entries;
     int *buckets;
@@ -76,6 +77,7 @@ static struct {
     .listener = NONE,
     .lock_file = NONE,
     .wake = {NONE, NONE},
+    .reserve = NONE,
     .vacant = NONE,
 };
 
@@ -271,6 +273,7 @@ static void clear(void) {
     close_one(&store.lock_file);
     close_one(&store.wake[0]);
     close_one(&store.wake[1]);
+    close_one(&store.reserve);
     for (i = 0; i < store.size; i++) {
         close_one(&store.entries[i].fd);
         store.entries[i].next = i + 1 < store.size ? i + 1 : NONE;
@@ -388,9 +391,13 @@ static int accept_claimants(long long now) {
     for (i = 0; i < ACCEPTS; i++) {
         fd = plat_accept(store.listener);
         if (fd == -EMFILE || fd == -ENFILE) {
-            /* No number free: room is made at the expense of a connection that can be made again, or the listener rests,
-             * for it would wake us at once. Who is connected is served, which frees numbers. */
-            if (evict() == NONE || (fd = plat_accept(store.listener)) < 0)
+            /* No number free: the reserve's, or that of a connection which can be made again. Else the listener rests, for it
+             * would wake us at once. */
+            if (store.reserve != NONE)
+                close_one(&store.reserve);
+            else
+                evict();
+            if ((fd = plat_accept(store.listener)) < 0 && fd != -EAGAIN)
                 store.paused = now + ms(FULL_MS);
         }
         if (fd < 0)
@@ -419,7 +426,7 @@ static int accept_claimants(long long now) {
 /* The program closed everything it found open. The numbers may be somebody else's by now: not ours to close. */
 static void lose(void) {
     int i;
-    store.listener = store.lock_file = store.wake[0] = store.wake[1] = NONE;
+    store.listener = store.lock_file = store.wake[0] = store.wake[1] = store.reserve = NONE;
     store.connected = store.graves = 0;
     for (i = 0; i < store.size; i++)
         store.entries[i].fd = NONE;
@@ -462,6 +469,8 @@ static void *serve(void *unused) {
             sweep(now);
         if (store.paused && store.paused <= now)
             store.paused = 0;
+        if (store.reserve == NONE && (store.reserve = fdp_dup(store.wake[0])) < 0)
+            store.reserve = NONE;
         for (i = store.connected - 1; i >= 0; i--)
             if (patience(&store.connections[i]) && patience(&store.connections[i]) <= now)
                 drop(i, 1);

@@ -109,6 +109,10 @@ def configure(**settings):
     _store.configure(_store.settings()._replace(**settings))
 
 
+def configure_all(most, linger):
+    configure(max_unclaimed=most, linger=linger)
+
+
 def set_linger(seconds):
     configure(linger=seconds)
 

@@ -1,12 +1,12 @@
 """The store: a pickled descriptor reaches whoever loads it first, once, and every other end has its own sentence."""
 
 import contextlib
-import errno
-import multiprocessing
+import io
 import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -65,8 +65,6 @@ def address_of(raw):
     class Reader(pickle.Unpickler):
         def find_class(self, module, name):
             return lambda token, *rest: found.append(token)
-
-    import io
 
     Reader(io.BytesIO(raw)).load()
     assert found[0][0] == "ticket"
@@ -294,8 +292,6 @@ def test_a_private_folder_keeps_another_uid_out(owner):
     raw = owner("make")[0]
     # A folder of pytest's own would keep it out as well.
     read = "import os, sys, pickle, fdpass._store; os.setresuid(65534, 65534, 65534)\ntry: pickle.loads(bytes.fromhex(sys.argv[1]))\nexcept Exception as e: print(e)"
-    import subprocess
-
     said = subprocess.run([sys.executable, "-c", f"import fdpass, fdpass.handles\n{read}", raw.hex()], capture_output=True, text=True, check=True)
     assert said.stdout == f"this descriptor was pickled by uid 0 (pid {owner.pid}), whose store uid 65534 may not open\n"
 
@@ -609,14 +605,24 @@ def test_a_full_table_before_the_first_connection(owner, receiver):
     assert receiver("load", raw) == ("given", cookie)
 
 
-def test_an_owner_without_a_number_says_so_and_still_serves(owner, receiver):
+def test_an_owner_without_a_free_number_serves_all_the_same(owner, receiver):
     owner("hard_limit", 64)
-    raw = owner("make")[0]
-    raws = owner("make_many", 2)
+    raws = owner("make_many", 3)
     owner("use_limit", 0)
-    assert receiver("load", raw)[0] == "TicketError" or True
+    with claimant.Process() as other:
+        assert [process("load", raw)[0] for process, raw in zip((receiver, other, receiver), raws, strict=True)] == ["given"] * 3
     owner("give_back")
-    assert [receiver("load", one)[0] for one in raws] == ["given", "given"]
+
+
+def test_an_owner_without_a_free_number_cannot_pickle(owner):
+    owner("hard_limit", 64)
+    owner("make")
+    owner("use_limit", 3)
+    # One for the socket, one for the handle, one for the ticket.
+    assert type(owner("make")) is tuple
+    assert owner("make").startswith("OSError: [Errno 24]")
+    owner("give_back")
+    assert type(owner("make")) is tuple
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone is not counted: it takes a second user")
