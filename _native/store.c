@@ -391,6 +391,9 @@ static int accept_claimants(long long now) {
     for (i = 0; i < ACCEPTS; i++) {
         fd = plat_accept(store.listener);
         if (fd == -EMFILE || fd == -ENFILE) {
+            /* Said before the kernel has looked whether anybody waits: only the first try of a round is for somebody. */
+            if (i)
+                return 0;
             /* No number free: the reserve's, or that of a connection which can be made again. Else the listener rests, for it
              * would wake us at once. */
             if (store.reserve != NONE)

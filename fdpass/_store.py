@@ -42,10 +42,10 @@ _SUN_PATH = 100
 class StoreStats(NamedTuple):
     """What the store of this process has in hand, and what became of its tickets so far. After a fork the child counts from zero.
 
-    unclaimed: tickets that can be claimed, each one open descriptor. limit: how many there may be. made: tickets in all.
-    claims: descriptors given. expired: tickets whose ttl ran out. withdrawn: tickets of pickles that failed. unanswered: claims
-    that named no live ticket. busy: claims that were told to ask again (ETOOMANYREFS). refused: connections of another uid. dropped: connections closed for garbage, silence, half a
-    packet, or answers that nobody read. connections: claimants connected now.
+    unclaimed: tickets that can be claimed, each one open descriptor. limit: how many there may be. made: tickets in all. claims:
+    descriptors given. expired: tickets whose ttl ran out. withdrawn: tickets of pickles that failed. unanswered: claims that named
+    no live ticket. busy: claims that were told to ask again (ETOOMANYREFS). refused: connections of another uid. dropped:
+    connections closed for garbage, silence, half a packet, or answers that nobody read. connections: claimants connected now.
     """
 
     unclaimed: int
@@ -71,7 +71,7 @@ def store_stats() -> StoreStats:
 
 
 class Settings(NamedTuple):
-    """What register() may say about the store. max_unclaimed: tickets, None: by the limit. ttl: seconds, None: for ever. linger: seconds."""
+    """What register() may say about the store. max_unclaimed: None means by the limit. ttl: seconds, None for ever. linger: seconds."""
 
     max_unclaimed: int | None = None
     ttl: float | None = None

@@ -41,11 +41,11 @@ def register(max_unclaimed: int | None = None, ttl: float | None = None, linger:
     if present is not None and present is not _override:
         raise RuntimeError(f"ForkingPickler has a reducer_override already: {present!r}")
     _store.configure(wanted)
-    for owner, name, ours in _PLACES:
-        before = owner.__dict__.get(name)
-        if before is not ours:
-            _replaced[name] = before
-            setattr(owner, name, ours)
+    if present is None:
+        for owner, name, make in _PLACES:
+            before = owner.__dict__.get(name)
+            _installed[name] = make(before), before
+            setattr(owner, name, _installed[name][0])
 
 
 def unregister() -> None:
@@ -53,10 +53,12 @@ def unregister() -> None:
 
     What somebody else has wrapped in the meantime stays where it is, and does what it did before.
     """
-    for owner, name, ours in _PLACES:
+    if not _is_registered():
+        return
+    for owner, name, _ in reversed(_PLACES):
+        ours, before = _installed.pop(name)
         if owner.__dict__.get(name) is not ours:
             continue
-        before = _replaced[name]
         if before is None:
             delattr(owner, name)
         else:
@@ -102,33 +104,38 @@ def _override(pickler: ForkingPickler, obj: Any) -> Any:
         return _lost(obj)
 
 
-def _dump(pickler: ForkingPickler, obj: Any) -> None:
-    """ForkingPickler.dump: tickets of a pickling that fails are withdrawn, for nobody will ever claim them."""
-    before = _replaced.get("dump")
-    made: list[bytes] = []
-    token = _store.making.set(made)
-    try:
-        if before is None:
-            super(ForkingPickler, pickler).dump(obj)
-        else:
-            before(pickler, obj)
-    except BaseException:
-        for ticket in made:
-            _store.withdraw(ticket)
-        raise
-    finally:
-        _store.making.reset(token)
-    # A pickling inside a pickling: the outer one may fail yet.
-    outer = _store.making.get()
-    if outer is not None:
-        outer += made
+def _dump_over(before: Callable[..., None] | None) -> Callable[..., None]:
+    def dump(pickler: ForkingPickler, obj: Any) -> None:
+        """ForkingPickler.dump: tickets of a pickling that fails are withdrawn, for nobody will ever claim them."""
+        made: list[bytes] = []
+        token = _store.making.set(made)
+        try:
+            if before is None:
+                super(ForkingPickler, pickler).dump(obj)
+            else:
+                before(pickler, obj)
+        except BaseException:
+            for ticket in made:
+                _store.withdraw(ticket)
+            raise
+        finally:
+            _store.making.reset(token)
+        # A pickling inside a pickling: the outer one may fail yet.
+        outer = _store.making.get()
+        if outer is not None:
+            outer += made
+
+    return dump
 
 
-def DupFd(fd: int) -> Any:
-    """multiprocessing.reduction.DupFd: an object that pickles and whose detach() gives, once, the number of a duplicate of fd."""
-    if not _is_registered() or _carriers.spawning_popen() is not None:
-        return _replaced["DupFd"](fd)
-    return _Duplicate(fd)
+def _dup_fd_over(before: Callable[[int], Any]) -> Callable[[int], Any]:
+    def DupFd(fd: int) -> Any:
+        """multiprocessing.reduction.DupFd: an object that pickles and whose detach() gives, once, the number of a duplicate of fd."""
+        if not _is_registered() or _carriers.spawning_popen() is not None:
+            return before(fd)
+        return _Duplicate(fd)
+
+    return DupFd
 
 
 class _Duplicate:
@@ -168,12 +175,15 @@ def _arrived(token: _carriers.Token) -> _Duplicate:
     return duplicate
 
 
-def _get_preparation_data(name: str) -> dict[str, Any]:
-    """multiprocessing.spawn.get_preparation_data: what a spawned or fork-server child loads before anything else."""
-    data: dict[str, Any] = _replaced["get_preparation_data"](name)
-    if _is_registered():
-        data["fdpass"] = _Arrival(data.get("sys_path", sys.path), _store.settings())
-    return data
+def _preparation_over(before: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        """multiprocessing.spawn.get_preparation_data: what a spawned or fork-server child loads before anything else."""
+        data = before(name)
+        if _is_registered():
+            data["fdpass"] = _Arrival(data.get("sys_path", sys.path), _store.settings())
+        return data
+
+    return get_preparation_data
 
 
 class _Arrival:
@@ -200,14 +210,15 @@ finally:
     sys.path = before
 """
 
-_PLACES: tuple[tuple[Any, str, Any], ...] = (
-    (ForkingPickler, "reducer_override", _override),
-    (ForkingPickler, "dump", _dump),
-    (mp_reduction, "DupFd", DupFd),
-    (mp_spawn, "get_preparation_data", _get_preparation_data),
+#: Where, the name there, and what makes ours of what was there. The first one says whether we are registered.
+_PLACES: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+    (ForkingPickler, "reducer_override", lambda before: _override),
+    (ForkingPickler, "dump", _dump_over),
+    (mp_reduction, "DupFd", _dup_fd_over),
+    (mp_spawn, "get_preparation_data", _preparation_over),
 )
-#: What was in each of those places; None: nothing of its own.
-_replaced: dict[str, Callable[..., Any]] = {}
+#: Ours, and what it replaced; None: nothing of that class's own.
+_installed: dict[str, tuple[Any, Any]] = {}
 
 
 # -- put(sock); sock.close() ---------------------------------------------------------------------------------------------------

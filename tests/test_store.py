@@ -78,11 +78,9 @@ def test_whoever_loads_it_gets_the_same_socket_once(owner, receiver):
     raw, cookie = owner("make")
     assert receiver("load", raw) == ("given", cookie)
     for process in (receiver, owner):
-        assert process("load", raw) == (
-            "TicketError",
-            f"this pickled descriptor was claimed already, by pid {receiver.pid}{' (this process)' if process is receiver else ''}: "
-            "a pickle is loaded once, unless it was made with SocketHandle(sock, claims=n)",
-        )
+        whom = f"pid {receiver.pid}{' (this process)' if process is receiver else ''}"
+        cure = "a pickle is loaded once, unless it was made with SocketHandle(sock, claims=n)"
+        assert process("load", raw) == ("TicketError", f"this pickled descriptor was claimed already, by {whom}: {cure}")
     assert owner("stats")["claims"] == 1
 
 
@@ -183,7 +181,16 @@ def test_half_a_packet_is_dropped_and_delays_nobody(owner, receiver, knock):
     assert receiver("load", owner("make")[0])[0] == "given"
 
 
-@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\nHost: here\r\n\r\n..", b"x", b"fdC2" + bytes(28), packet()[:-1] + b"x", MAGIC + b"\1" + bytes(27)])
+GARBAGE = {
+    "another protocol": b"GET / HTTP/1.1\r\nHost: here\r\n\r\n..",
+    "one wrong byte": b"x",
+    "another version": b"fdC2" + bytes(28),
+    "a status in a request": MAGIC + b"\1" + bytes(27),
+    "something in the reserved bytes": packet()[:-1] + b"x",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_is_dropped_at_once(owner, receiver, knock, garbage):
     hostile = knock()
     hostile.sendall(garbage)
@@ -290,9 +297,15 @@ def test_another_uid_gets_nothing_and_is_counted(owner):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_private_folder_keeps_another_uid_out(owner):
     raw = owner("make")[0]
-    # A folder of pytest's own would keep it out as well.
-    read = "import os, sys, pickle, fdpass._store; os.setresuid(65534, 65534, 65534)\ntry: pickle.loads(bytes.fromhex(sys.argv[1]))\nexcept Exception as e: print(e)"
-    said = subprocess.run([sys.executable, "-c", f"import fdpass, fdpass.handles\n{read}", raw.hex()], capture_output=True, text=True, check=True)
+    program = """
+import os, pickle, sys, fdpass._store, fdpass.handles
+os.setresuid(65534, 65534, 65534)
+try:
+    pickle.loads(bytes.fromhex(sys.argv[1]))
+except fdpass.PeerRefusedError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", program, raw.hex()], capture_output=True, text=True, check=True)
     assert said.stdout == f"this descriptor was pickled by uid 0 (pid {owner.pid}), whose store uid 65534 may not open\n"
 
 
@@ -617,8 +630,8 @@ def test_an_owner_without_a_free_number_serves_all_the_same(owner, receiver):
 def test_an_owner_without_a_free_number_cannot_pickle(owner):
     owner("hard_limit", 64)
     owner("make")
-    owner("use_limit", 3)
-    # One for the socket, one for the handle, one for the ticket.
+    owner("use_limit", 4)
+    # One each for the socket, the handle and the ticket, and one to look at the socket.
     assert type(owner("make")) is tuple
     assert owner("make").startswith("OSError: [Errno 24]")
     owner("give_back")
