@@ -245,7 +245,7 @@ static void leave(void) {
             count = 0;
             many = few;
         }
-    } else {
+    } else if (count) {
         memcpy(few, store.grave, sizeof *few * (size_t)count);
     }
     store.graves = 0;

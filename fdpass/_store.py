@@ -11,11 +11,13 @@ import fcntl
 import os
 import stat
 import sys
-import tempfile
 import threading
 import weakref
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+
+# Not when the first ticket needs it: another thread may fork in the middle, and the child then waits for ever for that import.
+from multiprocessing import util
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -125,7 +127,9 @@ class _Folder:
         base = _base()
         _sweep(base)
         while True:
-            self.path = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+            path = os.path.join(base, PREFIX + os.urandom(8).hex())
+            os.mkdir(path, 0o700)
+            self.path = path
             try:
                 self.lock = _raised(os.open(os.path.join(self.path, "lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -278,8 +282,6 @@ def linger_and_stop() -> None:
 def _end_with_the_process() -> None:
     # Not atexit, which does not run in forked and fork-server children before 3.13. The feeder threads of queues, which pickle
     # as long as they live, are joined at priority -5; a process forked from here begins without finalizers and adds its own.
-    from multiprocessing import util
-
     util.Finalize(None, linger_and_stop, exitpriority=-100)
 
 
@@ -298,11 +300,15 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def _base() -> str:
-    base = os.path.abspath(tempfile.gettempdir())
-    # A long TMPDIR: /tmp where that can be had, else a detour through a descriptor of the folder.
-    if len(os.fsencode(base)) > _SUN_PATH - 20 and os.access("/tmp", os.W_OK | os.X_OK):
-        return "/tmp"
-    return base
+    """The folder for temporary files, as tempfile finds it; not by tempfile, in whose lock a signal handler that pickles would wait
+    for what it interrupted."""
+    chosen = getattr(sys.modules.get("tempfile"), "tempdir", None)
+    wanted = [chosen, *map(os.environ.get, ("TMPDIR", "TEMP", "TMP")), "/tmp", "/var/tmp", "/usr/tmp", os.curdir]
+    usable = [os.path.abspath(os.fsdecode(one)) for one in wanted if one and os.path.isdir(one) and os.access(one, os.W_OK | os.X_OK)]
+    if not usable:
+        raise FileNotFoundError(errno.ENOENT, "no folder for temporary files can be written to: neither TMPDIR nor /tmp")
+    # A long TMPDIR: the next one where that can be had, else a detour through a descriptor of the folder.
+    return next((one for one in usable if len(os.fsencode(one)) <= _SUN_PATH - 40), usable[0])
 
 
 @contextmanager

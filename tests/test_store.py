@@ -157,6 +157,8 @@ def test_a_long_tmpdir_does_not_break_it(tmp_path, length):
     folder.mkdir()
     with claimant.Process(env={**os.environ, "TMPDIR": str(folder)}) as owner, claimant.Process() as receiver:
         assert receiver("load", owner("make")[0])[0] == "given"
+        assert owner.end() == 0
+    assert list(folder.iterdir()) == []
 
 
 def test_a_path_too_long_for_sun_path_is_reached_through_its_folder(store, tmp_path, monkeypatch, unix_pair, receiver):
@@ -252,6 +254,8 @@ def test_who_does_not_read_his_answers_delays_nobody(owner, receiver, knock):
 
 def test_descriptors_sent_to_the_store_are_not_kept(owner, knock):
     hostile = knock()
+    hostile.sendall(packet())
+    assert hostile.recv(100)[4] == 4
     before = owner("open_now")
     fdpass.send_fds(hostile, [packet()], [0, 1, 2])
     assert hostile.recv(100)[4] == 4
@@ -372,7 +376,8 @@ def test_what_was_claimed_long_ago_is_not_known_any_more(owner):
 def test_a_hundred_thousand_tickets_leave_descriptors_and_memory_flat(owner):
     (descriptors, resident), (descriptors_after, resident_after), stats = owner("churn", 100_000)
     assert descriptors_after == descriptors
-    assert resident_after - resident < 1 << 20
+    # AddressSanitizer keeps what was freed.
+    assert resident_after - resident < 1 << 20 or "asan" in os.environ.get("LD_PRELOAD", "")
     assert stats["unclaimed"] == 0
 
 
