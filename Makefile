@@ -10,7 +10,7 @@ export PYTHON
 SOURCES := pyproject.toml setup.py $(wildcard _native/* _native/bench/*)
 # What the portable side of the C must pass: everything below processes.
 FALLBACK_TESTS ?= $(wildcard tests/test_ancillary.py tests/test_fds.py tests/test_errors.py tests/test_frames.py \
-	tests/test_channel.py tests/test_handles.py tests/test_process_arguments.py)
+	tests/test_channel.py tests/test_handles.py tests/test_process_arguments.py tests/test_store.py tests/test_register.py)
 # These two ask the kernel for SCM_PIDFD, which only Linux has: the portable side has no name for it and would leak it.
 FALLBACK_SKIPS ?= not several_control_messages and not whatever_comes
 
