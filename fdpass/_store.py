@@ -335,7 +335,7 @@ def _sweep(base: str) -> None:
 
 def _sweep_one(path: str) -> None:
     status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0o700:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         return
     # A folder without the file is about to get it, or no store's at all.
     lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
