@@ -214,9 +214,10 @@ def test_a_flood_of_connections_pushes_out_nobody_who_claimed(owner, receiver, k
     for _ in range(300):
         knock()
     assert receiver("load", raws[1])[0] == "given"
-    stats = owner("stats")
-    assert stats["connections"] <= 256
-    assert stats["dropped"] >= 300 - 256
+    # The last ones of the flood may still be waiting to be accepted.
+    while (stats := owner("stats"))["dropped"] < 300 + 1 - 256:
+        assert stats["connections"] <= 256
+    assert receiver("load", owner("make")[0])[0] == "given"
 
 
 def test_a_claimant_that_guesses_tickets_is_dropped(owner, knock):
