@@ -458,6 +458,11 @@ static int until(long long now) {
     return first <= now ? 0 : first - now > ms(3600000) ? 3600000 : (int)((first - now + 999999) / 1000000);
 }
 
+static void take_reserve(void) {
+    if (store.reserve == NONE && (store.reserve = fdp_dup(store.wake[0])) < 0)
+        store.reserve = NONE;
+}
+
 static void *serve(void *unused) {
     struct pollfd polled[FDP_CONNECTIONS + 2];
     struct connection *one;
@@ -472,8 +477,7 @@ static void *serve(void *unused) {
             sweep(now);
         if (store.paused && store.paused <= now)
             store.paused = 0;
-        if (store.reserve == NONE && (store.reserve = fdp_dup(store.wake[0])) < 0)
-            store.reserve = NONE;
+        take_reserve();
         for (i = store.connected - 1; i >= 0; i--)
             if (patience(&store.connections[i]) && patience(&store.connections[i]) <= now)
                 drop(i, 1);
@@ -552,6 +556,7 @@ int fdp_store_start(int listener, int lock) {
     clear();
     if ((result = make_wake()) < 0)
         goto out;
+    take_reserve();
     store.listener = listener;
     store.lock_file = lock;
     store.running = 1;
