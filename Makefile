@@ -45,7 +45,7 @@ fallback: ## the tests of the lower floors on the portable C, forced on Linux
 	@.ci/variant fallback .venv-fallback $(FALLBACK_TESTS) -k '$(FALLBACK_SKIPS)' $(ARGS)
 
 clean: ## remove environments and everything built
-	rm -rf $(VENV) .venv-sanitize .venv-fallback build dist docs/_build *.egg-info fdpass/*.so fdpass/_native.c
+	rm -rf $(VENV) .venv-sanitize .venv-fallback build dist docs/_build *.egg-info fdpass/*.so fdpass/_native.c bench/fdpass_bench/*.so
 
 $(VENV)/.with-%: $(SOURCES)
 	@.ci/install $(VENV) --editable '.[$*]'

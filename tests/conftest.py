@@ -10,6 +10,7 @@ import gc
 import os
 import platform
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def _let_go_of_the_failure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def started_once() -> None:
     """The resource tracker and the fork server start here, so that their pipes are in every test's baseline."""
+    # A shell's background jobs are born with SIGINT ignored, and so would be every child of a test that sends one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     resource_tracker.ensure_running()
     forkserver.ensure_running()
     # What pytest and its plugins allocated cannot hold a test's descriptor: the collections below pass it over.

@@ -102,7 +102,7 @@ def test_burst(tmp_path: Path) -> None:
 
 
 def test_kill(tmp_path: Path) -> None:
-    small = ("--workers", "2", "--connections", "24", "--service", "0.1", "--scenario", "kill")
+    small = ("--workers", "2", "--connections", "24", "--service-ms", "100", "--scenario", "kill")
     runs = {one["strategy"]: one for one in balance(tmp_path / "kill.json", *small)}
     for one in runs.values():
         assert one["valid"], one["invalid_reason"]
@@ -118,14 +118,14 @@ def test_kill(tmp_path: Path) -> None:
 
 
 def test_what_was_not_measured_is_not_valid(tmp_path: Path) -> None:
-    arguments = ("--strategies", "shared", "--workers", "1", "--connections", "1", "--service", "0", "--scenario", "kill")
+    arguments = ("--strategies", "shared", "--workers", "1", "--connections", "1", "--service-ms", "0", "--scenario", "kill")
     (one,) = balance(tmp_path / "kill.json", *arguments, status=1)
     assert not one["valid"]
     assert "before the first kill" in one["invalid_reason"]
 
 
 def test_the_time_limit_is_a_limit(tmp_path: Path) -> None:
-    arguments = ("--strategies", "shared", "--workers", "1", "--connections", "3", "--service", "2", "--time-limit", "1")
+    arguments = ("--strategies", "shared", "--workers", "1", "--connections", "3", "--service-ms", "2000", "--time-limit", "1")
     (one,) = balance(tmp_path / "burst.json", *arguments, "--scenario", "burst", status=1)
     assert one["outcomes"] == {"ok": 0, "refused": 0, "reset": 0, "timeout": 3}
     assert (one["lost_accepted"], one["lost_unaccepted"]) == (1, 2)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import queue
+import re
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fdpass import Listener
 
 LAST = b"done\n"
@@ -29,6 +36,103 @@ def speak_first(listener: Listener, service: float) -> None:
             if service > 0:
                 time.sleep(service)
             conn.sendall(LAST)
+
+
+_SERVICE = re.compile(rb"\r\nfdpass-service:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nconnection:[ \t]*close[ \t]*\r\n", re.IGNORECASE)
+
+
+def timed(listener: Listener, work: str, keep_alive: bool) -> None:
+    """Holds each HTTP request for the time in its Fdpass-Service header (nanoseconds), one request at a time, and answers
+
+        fdpass WORKER ACCEPTED STARTED FREE
+
+    : the worker's index, then CLOCK_MONOTONIC nanoseconds: when the connection was taken (of a later request: when it was read), when
+    its service began, and since when the worker had been waiting for it. `work` is "sleep" or "burn" (processor time).
+    """
+    # Only these workers need it, and no other starts slower for it.
+    from fdpass_bench._loadgen import lib
+
+    def hold(began: int, service: int) -> None:
+        if service and work == "burn":
+            lib.flg_burn_cpu(service)
+        elif service:
+            while lib.flg_sleep_until(began + service) == -errno.EINTR:
+                pass
+
+    # Else the kernel lets each sleep of this thread end up to 50 us late, which would occupy the worker and so raise the load.
+    set_slack = functools.partial(lib.flg_timer_slack, 1)
+    if keep_alive:
+        _serve_kept(listener, hold, set_slack)
+        return
+    set_slack()
+    index = listener.index
+    free = time.monotonic_ns()
+    for conn, _ in listener:
+        accepted = time.monotonic_ns()
+        # A client that has gone away, or says nothing, is its own affair.
+        with conn, contextlib.suppress(OSError):
+            conn.settimeout(REQUEST_SECONDS)
+            request = _read_head(conn)
+            if request:
+                started = time.monotonic_ns()
+                # A deadline counted from the accept: what reading the request took does not prolong the service.
+                hold(accepted, _service(request))
+                conn.sendall(_answer(index, accepted, started, free, close=True))
+        free = time.monotonic_ns()
+
+
+def _serve_kept(listener: Listener, hold: Callable[[int, int], None], set_slack: Callable[[], object]) -> None:
+    """Connections stay open, each read by a thread of its own; one thread serves their requests in the order they came."""
+    requests: queue.SimpleQueue[tuple[socket.socket, bytes, int, threading.Event]] = queue.SimpleQueue()
+    index = listener.index
+
+    def serve() -> None:
+        set_slack()
+        free = time.monotonic_ns()
+        while True:
+            conn, request, read, answered = requests.get()
+            started = time.monotonic_ns()
+            hold(started, _service(request))
+            with contextlib.suppress(OSError):
+                conn.sendall(_answer(index, read, started, free, close=_CLOSE.search(request) is not None))
+            answered.set()
+            free = time.monotonic_ns()
+
+    def read(conn: socket.socket) -> None:
+        with conn, contextlib.suppress(OSError):
+            while request := _read_head(conn):
+                answered = threading.Event()
+                requests.put((conn, request, time.monotonic_ns(), answered))
+                answered.wait()
+                if _CLOSE.search(request):
+                    break
+
+    threading.Thread(target=serve, daemon=True).start()
+    for conn, _ in listener:
+        threading.Thread(target=read, args=(conn,), daemon=True).start()
+
+
+def _service(request: bytes) -> int:
+    found = _SERVICE.search(request)
+    return int(found[1]) if found else 0
+
+
+def _answer(index: int, accepted: int, started: int, free: int, close: bool) -> bytes:
+    body = b"fdpass %d %d %d %d\n" % (index, accepted, started, free)
+    way = b"close" if close else b"keep-alive"
+    return b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: %s\r\n\r\n%s" % (len(body), way, body)
+
+
+def _read_head(conn: socket.socket) -> bytes:
+    """The head of a request without a body, with its empty line; b"" when the client closed or sent too much."""
+    data = conn.recv(REQUEST_LIMIT)
+    while data and not data.endswith(b"\r\n\r\n"):
+        chunk = conn.recv(REQUEST_LIMIT)
+        if not chunk or len(data) > REQUEST_LIMIT:
+            return b""
+        data += chunk
+    return data
 
 
 def http(listener: Listener) -> None:

@@ -81,6 +81,28 @@ def sysctl(name: str) -> int | None:
         return None
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of all living threads of a process, to the nanosecond. Raises FileNotFoundError when it is gone."""
+    total = 0
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            total += int(Path(f"/proc/{pid}/task/{task}/schedstat").read_bytes().split()[0])
+    return total / 1e9
+
+
+def listen_counters() -> tuple[int, int]:
+    """(ListenOverflows, ListenDrops) since boot, of every socket in this network namespace; zeros where the kernel hides them."""
+    try:
+        lines = Path("/proc/net/netstat").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    for names, values in zip(lines[::2], lines[1::2], strict=False):
+        if names.startswith("TcpExt:"):
+            found = dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=False))
+            return found.get("ListenOverflows", 0), found.get("ListenDrops", 0)
+    return 0, 0
+
+
 class Switches:
     """The voluntary switches of workers that come and go, counted from the moment each was first seen."""
 

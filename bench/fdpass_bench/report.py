@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import IO, Any
 
 import psutil
@@ -16,9 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fdpass
-from fdpass_bench import measure
-from fdpass_bench.balance import SCENARIOS, Plan, Run
+from fdpass_bench import estimate, measure
+from fdpass_bench.balance import SCENARIOS, Run
 from fdpass_bench.clients import OUTCOMES
+from fdpass_bench.figures import Study
+from fdpass_bench.steady import Trial
 
 _TITLES = {
     "idle": "idle: spaced connections to idle workers",
@@ -42,17 +45,16 @@ def console(stream: IO[str]) -> Console:
 
 
 class ProgressBar:
-    """Follows the runs: a bar on a terminal, else one line on stderr for each run that has ended."""
+    """Follows the runs: a bar on a terminal, else one line on stderr for each run that has ended. `counts`: connections of each run."""
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
-        self._plans = plans
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._counts = counts
         self._over = 0
-        self._connections = 0
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description:<21}"), BarColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, console=console(sys.stdout), transient=True)
-            self._task = self._bar.add_task("", total=sum(plan.connections for plan in plans))
+            self._task = self._bar.add_task("", total=sum(counts))
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
@@ -63,26 +65,35 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
 
-    def follow(self, plan: Plan) -> Callable[[int], None]:
-        """What measure_run() tells how many connections have ended."""
+    def follow(self, title: str) -> Callable[[int], None]:
+        """Begins the next run; what is returned is told how many of its connections have ended."""
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{plan.scenario}, {plan.strategy}")
+            self._bar.update(self._task, description=title)
         return self._ended
 
     def _ended(self, connections: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._connections + connections)
+            self._bar.update(self._task, completed=sum(self._counts[: self._over]) + connections)
 
-    def run_over(self, run: Run) -> None:
+    def over(self, line: str) -> None:
+        """The run has ended."""
         self._over += 1
-        self._connections += run.plan.connections
         self._ended(0)
         if self._bar is None:
-            line = f"{self._over}/{len(self._plans)} {run.plan.scenario}, {run.plan.strategy}: {_outcomes(run)}"
-            print(line if run.valid else f"{line}; not valid: {run.invalid_reason}", file=sys.stderr, flush=True)
+            print(f"{self._over}/{len(self._counts)} {line}", file=sys.stderr, flush=True)
 
 
-def show(runs: Sequence[Run], stream: IO[str]) -> None:
+def line_of(run: Run) -> str:
+    line = f"{run.plan.scenario}, {run.plan.strategy}: {_outcomes(run)}"
+    return line if run.valid else f"{line}; not valid: {run.invalid_reason}"
+
+
+def line_of_trial(trial: Trial) -> str:
+    outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in trial.outcomes.items() if count)
+    return f"steady, {trial.server}, repeat {trial.repeat + 1}: {trial.problem or outcomes}"
+
+
+def show(runs: Sequence[Run], study: Study | None, stream: IO[str]) -> None:
     out = console(stream)
     for scenario in SCENARIOS:
         here = [run for run in runs if run.plan.scenario == scenario]
@@ -95,7 +106,12 @@ def show(runs: Sequence[Run], stream: IO[str]) -> None:
     for run in runs:
         if not run.valid:
             out.print(f"{run.plan.scenario}, {run.plan.strategy}: not valid: {run.invalid_reason}.")
-    out.print(verdict(runs))
+    if runs or study is None:
+        out.print(verdict(runs))
+    if study is not None:
+        if runs:
+            out.print()
+        _show_study(study, out)
 
 
 def _table(scenario: str, runs: Sequence[Run]) -> Table:
@@ -121,6 +137,117 @@ def _table(scenario: str, runs: Sequence[Run]) -> Table:
             style="" if run.valid else "dim",
         )
     return table
+
+
+def _show_study(study: Study, out: Console) -> None:
+    if study.figures:
+        # Not the table's own title, which would be wrapped at the table's width.
+        out.print(_title(study), style="bold")
+        out.print("latency in ms from the schedule to the end of the answer; bound: one queue")
+        out.print(_latencies(study), "")
+        out.print(_costs(study), "")
+    if (calibration := study.calibration_json()) is not None:
+        out.print(_calibrated(calibration))
+    if study.ideals:
+        bound = study.ideals["one queue"].mean
+        shares = [f"{queues} {one.mean / bound:.0%}" for queues, one in study.ideals.items() if queues != "one queue"]
+        out.print(f"Ideal policies with these workers, as shares of the one-queue bound: {', '.join(shares)}.")
+    for one in study.figures:
+        if not one.valid:
+            out.print(f"{one.name} is INVALID and says nothing: {'; '.join(one.reasons)}.")
+    overflows = {one.name: sum(trial.overflows for trial in one.trials) for one in study.figures}
+    for name, count in overflows.items():
+        if count:
+            out.print(f"While {name} was loaded a listen queue overflowed {count} times: these clients tried again a second later.")
+    for comparison in study.comparisons:
+        if comparison.first.valid and comparison.second.valid:
+            out.print(f"{comparison.sentence}.")
+    if not study.figures:
+        out.print("Nothing was measured.")
+
+
+def _columns(table: Table, *names: str) -> None:
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def _plain_table() -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 0)
+    table.pad_edge = False
+    table.add_column("server", overflow="fold", min_width=18)
+    return table
+
+
+def _title(study: Study) -> str:
+    work = study.work
+    if work.clients:
+        asked = f"closed loop of {work.clients} clients"
+    else:
+        asked = f"{work.rate:.4g} connections/s" + (f" (load {work.load:.2g})" if work.load else "")
+    service = f"{work.service * 1e3:.4g} ms {work.distribution}" if work.service else "no service time"
+    kept = f", {work.requests} requests each" if work.requests > 1 else ""
+    workers = "" if all(one.server.kind == "target" for one in study.figures) else f", {work.workers} workers, {service}"
+    return f"steady: {asked}{workers}, {work.repeats} x {work.connections}{kept}"
+
+
+def _latencies(study: Study) -> Table:
+    table = _plain_table()
+    _columns(table, "mean", "+-95%", "p50", "p90", "p99", "p99.9", "max", "theory\nmean", "\np99", "of\nbound")
+    for one in study.figures:
+        found, known = one.interval, one.prediction
+        half = (found.high - found.low) / 2 if found and found.low is not None and found.high is not None else None
+        share = one.share_of_bound
+        cells = [one.latency.get("mean"), half, *(one.latency.get(name) for name in ("p50", "p90", "p99", "p99_9", "max"))]
+        cells += [known.mean, known.p99] if known else [None, None]
+        table.add_row(
+            one.name + ("" if one.valid else " INVALID"),
+            *map(_ms, cells),
+            "-" if share is None else f"{share:.0%}",
+            style="" if one.valid else "dim",
+        )
+    return table
+
+
+def _costs(study: Study) -> Table:
+    table = _plain_table()
+    kept = study.work.requests > 1
+    table.add_column("per worker", no_wrap=True)
+    if kept:
+        table.add_column("requests", no_wrap=True)
+    _columns(table, "max/\nmean", "Jain", "switches\n/ conn.", "CPU us\n/ conn.")
+    table.add_column("outcomes", overflow="fold")
+    for one in study.figures:
+        counts = "requests_of" if kept else "connections_of"
+        jain = one.evenness(counts, estimate.jain)
+        cpu = one.per_connection("cpu_seconds")
+        outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in one.outcomes.items() if count or name == "ok")
+        table.add_row(
+            one.name + ("" if one.valid else " INVALID"),
+            _shares(one.per_worker) or "-",
+            *([_shares(one.requests_per_worker) or "-"] if kept else []),
+            _figure(one.evenness(counts, estimate.max_over_mean)),
+            "-" if jain is None else f"{jain:.3f}",
+            _figure(one.switches_per_connection),
+            "-" if cpu is None else f"{cpu * 1e6:.0f}",
+            outcomes,
+            style="" if one.valid else "dim",
+        )
+    return table
+
+
+def _calibrated(found: dict[str, Any]) -> str:
+    latency, lag = found["latency_ms"], found["lag_ms"]
+    if not latency:
+        return f"A server that answers at once did not answer: {found['problem'] or 'no connection came about'}."
+    return (
+        f"Against a server that answers at once: mean {latency['mean']:.3g} ms, p99 {latency['p99']:.3g} ms, "
+        f"schedule lag p99 {lag['p99']:.3g} ms; the generator spends {found['generator_cpu_us_per_connection']} us on a connection."
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:#.3g}".rstrip(".") if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 def _shares(per_worker: Sequence[int]) -> str:
@@ -186,9 +313,22 @@ def _and(words: Sequence[str]) -> str:
 # JSON
 
 
-def as_json(runs: Iterable[Run], began: float, interrupted: bool) -> dict[str, Any]:
+def as_json(runs: Iterable[Run], study: Study | None, began: float, interrupted: bool) -> dict[str, Any]:
     """`began`: seconds since the epoch."""
-    return {"schema": 1, "environment": _environment(began, interrupted), "runs": [run.as_json() for run in runs]}
+    found: dict[str, Any] = {
+        "schema": 1,
+        "environment": _environment(began, interrupted),
+        "runs": [run.as_json() for run in runs] + [one.as_json() for one in (study.figures if study else [])],
+    }
+    if study is not None:
+        work = asdict(study.work) | {"load": study.work.load}
+        found |= {
+            "work": work,
+            "calibration": study.calibration_json(),
+            "ideals": {queues: {"mean_ms": round(one.mean * 1e3, 4), "how": one.how} for queues, one in study.ideals.items()},
+            "comparisons": [comparison.as_json() for comparison in study.comparisons],
+        }
+    return found
 
 
 def _environment(began: float, interrupted: bool) -> dict[str, Any]:

@@ -1,0 +1,363 @@
+"""The scenario `steady`: the same arrivals and the same work for each server in turn, and what the kernel and the clients saw of it.
+It measures one trial at a time and keeps the raw figures; what they mean is figures.py's."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import fdpass
+from fdpass_bench import answer, loadgen, measure, peers
+from fdpass_bench.balance import Strategy
+
+_SETTLE = 0.1  # seconds for what is left of the workers' start
+_IDLE_WINDOW = 0.25  # seconds in which nothing happens, to know what idle workers cost
+_NEXT = 1_000_000  # nanoseconds after an answer by which its worker is free for the next
+_CALIBRATION = 1.0  # seconds of the schedule that the null server gets, about
+
+#: How each strategy queues, in the words of theory.py.
+DISCIPLINES = {"shared": "one queue", "reuseport": "split", "reuseport-bare": "split"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every server gets. With `clients` the loop is closed and there is no rate."""
+
+    workers: int
+    connections: int  # in each repeat
+    rate: float | None  # connections per second
+    service: float  # mean seconds a request occupies a worker
+    distribution: str = "exponential"
+    work: str = "sleep"
+    arrivals: str = "poisson"
+    clients: int = 0
+    requests: int = 1  # per connection
+    think: float = 0.0  # mean seconds between an answer and the next request of the connection
+    seed: int = 1
+    repeats: int = 2
+    time_limit: float = 10.0  # seconds until a request is given up
+
+    @property
+    def load(self) -> float | None:
+        """Offered work over what the workers can do, as the work was drawn."""
+        return None if self.rate is None else self.rate * self.requests * self.service / self.workers
+
+    def load_of(self, server: Serving, repeat: int) -> loadgen.Load:
+        """One repeat's load. Repeats differ in their seed, servers in nothing."""
+        return loadgen.Load(
+            host=server.host,
+            port=server.port,
+            connections=self.connections,
+            rate=self.rate,
+            arrivals=self.arrivals,
+            clients=self.clients,
+            service=self.service,
+            distribution=self.distribution,
+            seed=self.seed * 1000 + repeat,
+            requests=self.requests,
+            think=self.think,
+            timeout=self.time_limit,
+            protocol=server.protocol,
+            path=server.path,
+        )
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that answers now. `pids`: its worker processes, empty where they are somebody else's."""
+
+    host: str
+    port: int
+    pids: Callable[[], Sequence[int]] = tuple
+    protocol: str = "http"
+    path: str = "/"
+
+
+class Server(Protocol):
+    """What takes part: its name in the table, who runs it (fdpass, peer, target) and what version, how it queues as far as theory knows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def version(self) -> str | None: ...
+    @property
+    def discipline(self) -> str | None: ...
+    def serve(self, work: Work) -> AbstractContextManager[Serving]: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Our own workers under one strategy."""
+
+    strategy: Strategy
+    kind = "fdpass"
+    version = fdpass.__version__
+
+    @property
+    def name(self) -> str:
+        return str(self.strategy)
+
+    @property
+    def discipline(self) -> str | None:
+        return DISCIPLINES.get(self.strategy.name)
+
+    @contextmanager
+    def serve(self, work: Work) -> Iterator[Serving]:
+        with fdpass.WorkerGroup(
+            answer.timed,
+            "127.0.0.1:0",
+            workers=work.workers,
+            strategy=self.strategy.name,
+            args=(work.work, work.requests > 1),
+            name="bench",
+            stop_timeout=2.0,  # a worker may be holding a connection that nobody waits for any more
+            order=self.strategy.order,
+        ) as group:
+            host, _, port = str(group.endpoint).rpartition(":")
+            yield Serving(host, int(port), lambda: [worker.pid for worker in group.stats()])
+
+
+@dataclass(frozen=True)
+class PeerServer:
+    """Another project's server, started here."""
+
+    name: str
+    version: str
+    kind = "peer"
+    discipline = None
+
+    @classmethod
+    def find(cls, name: str, work: Work) -> PeerServer:
+        """Raises peers.PeerError where it is not installed, or cannot do this work."""
+        return cls(name, cls._peer(name, work).version)
+
+    @staticmethod
+    def _peer(name: str, work: Work) -> peers.Peer:
+        return peers.Peer(name, work.workers, work.service > 0, work.work, work.requests > 1)
+
+    @contextmanager
+    def serve(self, work: Work) -> Iterator[Serving]:
+        with self._peer(self.name, work) as peer:
+            host, port = peer.address
+            yield Serving(host, port, peer.pids)
+
+
+@dataclass(frozen=True)
+class TargetServer:
+    """A server that somebody else runs."""
+
+    target: peers.Target
+    kind = "target"
+    version = None
+    discipline = None
+
+    @property
+    def name(self) -> str:
+        return self.target.text
+
+    @property
+    def serving(self) -> Serving:
+        return Serving(self.target.host, self.target.port, protocol=self.target.protocol, path=self.target.path)
+
+    @contextmanager
+    def serve(self, work: Work) -> Iterator[Serving]:
+        yield self.serving
+
+
+@dataclass
+class Trial:
+    """One server under one repeat of the work. Columns have one entry for each request, in the order of the schedule; seconds.
+
+    lag: how late the generator began it; not of a closed loop's opening burst. latency: from the schedule to the end of the answer, None
+        where there was none.
+    connect, queue, service: the parts of the latency after the lag; queue and service only of answers that say when they began.
+    other: what of the latency was not waiting for a worker, and occupied: how long it kept its worker from the next connection;
+    of our own workers only, one request per connection.
+    """
+
+    server: str
+    repeat: int
+    outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(loadgen.OUTCOMES, 0))
+    outcome_seconds: dict[str, tuple[float, float]] = field(default_factory=dict)  # mean and longest, from the schedule
+    lag: list[float] = field(default_factory=list)
+    latency: list[float | None] = field(default_factory=list)
+    connect: list[float] = field(default_factory=list)
+    queue: list[float] = field(default_factory=list)
+    service: list[float] = field(default_factory=list)
+    other: list[float] = field(default_factory=list)
+    occupied: list[float] = field(default_factory=list)
+    connections_of: dict[int, int] = field(default_factory=dict)  # by worker, as its answers name it
+    requests_of: dict[int, int] = field(default_factory=dict)
+    offered_per_s: float | None = None
+    achieved_per_s: float | None = None
+    begun_per_s: float = 0.0
+    seconds: float = 0.0
+    cpu_seconds: float | None = None  # of the server's workers
+    generator_cpu_seconds: float = 0.0
+    idle_switches_per_second: float | None = None  # voluntary, of all workers together
+    switches: float | None = None  # voluntary, of the workers, without what idle workers cost in that time
+    overflows: int = 0
+    drops: int = 0
+    problem: str | None = None  # why it was not measured at all
+
+
+def calibrate(work: Work) -> Trial:
+    """The work's arrivals, at 100 a second or more, against a server that answers at once: what remains is the generator's and kernel's."""
+    trial = Trial("null server", 0)
+    try:
+        with loadgen.Generator() as generator, loadgen.NullServer() as null:
+            load = work.load_of(Serving(*null.address), 0)
+            rate = None if load.rate is None else max(100.0, load.rate)
+            count = min(load.connections, 20000) if rate is None else int(rate * _CALIBRATION)
+            fields = {**vars(load), "rate": rate, "connections": count, "requests": 1, "service": 0.0, "think": 0.0}
+            _take(trial, generator.run(loadgen.Load(**fields)), replace(work, requests=1), believed=False)
+    except (OSError, RuntimeError, fdpass.FdPassError) as error:
+        trial.problem = str(error)
+    return trial
+
+
+def measure_trial(server: Server, work: Work, repeat: int, ended: Callable[[int], None]) -> Trial:
+    """Starts the server, loads it, ends it. What went wrong is the trial's `problem`, never an exception."""
+    trial = Trial(server.name, repeat)
+    try:
+        # A generator of its own for each: none inherits the trouble of another.
+        with server.serve(work) as serving, loadgen.Generator() as generator:
+            _load(trial, generator, serving, work, repeat, ended, believed=server.kind != "target")
+    except (OSError, RuntimeError, peers.PeerError, fdpass.FdPassError) as error:
+        trial.problem = str(error)
+    return trial
+
+
+def _load(
+    trial: Trial,
+    generator: loadgen.Generator,
+    serving: Serving,
+    work: Work,
+    repeat: int,
+    ended: Callable[[int], None],
+    believed: bool,
+) -> None:
+    pids = list(serving.pids())
+    idle_rate = 0.0
+    if pids:
+        time.sleep(_SETTLE)
+        switches = measure.Switches(pids)
+        began = time.monotonic()
+        time.sleep(_IDLE_WINDOW)
+        idle_rate = trial.idle_switches_per_second = switches.total() / (time.monotonic() - began)
+    counters = measure.listen_counters()
+    cpu = sum(map(measure.cpu_seconds, pids))
+    switches = measure.Switches(pids)
+    began = time.monotonic()
+    result = generator.run(work.load_of(serving, repeat), ended)
+    trial.seconds = time.monotonic() - began
+    after = measure.listen_counters()
+    trial.overflows, trial.drops = after[0] - counters[0], after[1] - counters[1]
+    _take(trial, result, work, believed)
+    if pids:
+        try:
+            trial.cpu_seconds = (sum(map(measure.cpu_seconds, pids)) - cpu) or None
+            trial.switches = switches.total() - idle_rate * trial.seconds
+        except FileNotFoundError:
+            left = sum(map(os.path.exists, (f"/proc/{pid}" for pid in pids)))
+            trial.problem = f"{len(pids) - left} of {len(pids)} workers ended while they were loaded"
+
+
+def _take(trial: Trial, result: loadgen.Result, work: Work, believed: bool) -> None:
+    """Copies what the columns say: they go with the result. `believed`: whether the server's answers tell of its workers."""
+    requests = work.requests
+    scheduled, begun, ended = result.scheduled.tolist(), result.begun.tolist(), result.answered.tolist()
+    connected, accepted, started = result.connected.tolist(), result.accepted.tolist(), result.started.tolist()
+    free, worker, outcomes = result.free.tolist(), result.worker.tolist(), result.outcome.tolist()
+    ok = loadgen.OUTCOMES.index("ok")
+    spent: dict[int, list[float]] = {}
+    for row, outcome in enumerate(outcomes):
+        took = (ended[row] - scheduled[row]) / 1e9
+        if outcome >= 0:
+            # A request whose connection had ended before its turn came was never due, and took no time.
+            spent.setdefault(outcome, []).append(took if scheduled[row] else 0.0)
+        # A closed loop begins all its clients at once, and nobody had promised them that instant.
+        if begun[row] and (row >= work.clients * requests or row % requests):
+            trial.lag.append((begun[row] - scheduled[row]) / 1e9)
+        trial.latency.append(took if outcome == ok else None)
+        if outcome != ok:
+            continue
+        trial.connect.append((connected[row] - begun[row]) / 1e9)
+        if not believed:
+            worker[row] = -1
+        if believed and scheduled[row] <= accepted[row] <= started[row] <= ended[row] and free[row] <= accepted[row]:
+            trial.queue.append(max(0, started[row] - connected[row]) / 1e9)
+            trial.service.append((ended[row] - started[row]) / 1e9)
+        else:
+            accepted[row] = 0  # nothing is known: of somebody else's server, though its answers look like ours, or by another clock
+        if worker[row] >= 0:
+            trial.requests_of[worker[row]] = trial.requests_of.get(worker[row], 0) + 1
+            if row % requests == 0:
+                trial.connections_of[worker[row]] = trial.connections_of.get(worker[row], 0) + 1
+    for outcome, times in spent.items():
+        name = loadgen.OUTCOMES[outcome]
+        trial.outcomes[name] = len(times)
+        trial.outcome_seconds[name] = (sum(times) / len(times), max(times))
+    trial.generator_cpu_seconds = result.cpu_seconds
+    firsts = [row for row in range(0, len(outcomes), requests) if begun[row]]
+    if firsts:
+        first = scheduled[0]
+        window = (scheduled[(len(outcomes) - 1) // requests * requests] - first) / 1e9
+        count = len(outcomes) // requests
+        trial.offered_per_s = (count - 1) / window if work.rate is not None and window > 0 else None
+        trial.begun_per_s = _per_second(len(firsts) - 1, max(begun[row] for row in firsts) - first)
+        whole = [row for row in firsts if outcomes[row + requests - 1] == ok]
+        if whole:
+            until = max(ended[row + requests - 1] for row in whole) - first
+            if trial.offered_per_s is not None:
+                # The last arrivals take their time as all others do, which is no lack of rate; that they take ever longer is one.
+                usual = max(ended[row + requests - 1] - scheduled[row] for row in whole[: (len(whole) + 1) // 2])
+                until = max(int(window * 1e9), until - usual)
+            trial.achieved_per_s = _per_second(len(whole) - 1, until)
+    if requests == 1:
+        _occupation(trial, scheduled, connected, accepted, free, worker, ended)
+
+
+def _occupation(
+    trial: Trial,
+    scheduled: Sequence[int],
+    connected: Sequence[int],
+    accepted: Sequence[int],
+    free: Sequence[int],
+    worker: Sequence[int],
+    ended: Sequence[int],
+) -> None:
+    """A connection occupies its worker from when both were there, connection and idle worker, until the worker is free for the next.
+
+    So what the accept, the wake-up and the closing cost is part of it, as it is for the next connection in the queue.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for row, taken in enumerate(accepted):
+        if taken and free[row]:
+            rows_of.setdefault(worker[row], []).append(row)
+    whole = trial.outcomes["ok"] == len(ended)
+    for rows in rows_of.values():
+        rows.sort(key=accepted.__getitem__)
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
+            # The worker may have it before connect() has returned to the generator.
+            there = max(free[row], min(connected[row], accepted[row]))
+            waited = max(0, free[row] - min(connected[row], accepted[row]))
+            trial.other.append((ended[row] - scheduled[row] - waited) / 1e9)
+            # Where answers were lost the next one may not be of the worker's next connection: then the worker seems busy for longer.
+            if following is not None and (whole or free[following] - ended[row] < _NEXT):
+                trial.occupied.append((free[following] - there) / 1e9)
+
+
+def _per_second(count: int, nanoseconds: int) -> float:
+    return count / nanoseconds * 1e9 if nanoseconds > 0 else 0.0
+
+
+def order_of(servers: Sequence[Server], repeat: int) -> Sequence[Server]:
+    """ABBA: a drift of the machine falls on all alike."""
+    return servers if repeat % 2 == 0 else servers[::-1]
