@@ -39,7 +39,7 @@ lint: $(VENV)/.with-lint ## ruff and mypy --strict
 	@$(VENV)/bin/mypy
 
 sanitize: ## the tests on a build with AddressSanitizer and UBSan
-	@.ci/variant sanitize .venv-sanitize tests $(ARGS)
+	@.ci/variant sanitize .venv-sanitize tests -m 'not long' $(ARGS)
 
 fallback: ## the tests of the lower floors on the portable C, forced on Linux
 	@.ci/variant fallback .venv-fallback $(FALLBACK_TESTS) -k '$(FALLBACK_SKIPS)' $(ARGS)

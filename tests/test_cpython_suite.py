@@ -28,6 +28,7 @@ with open(os.environ["FDPASS_TEST_CLAIMS"] + ".started", "a") as file:
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_cpythons_own_tests_pass(method, tmp_path):

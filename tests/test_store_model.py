@@ -157,6 +157,7 @@ class Store(RuleBasedStateMachine):
                 assert process("stats")["unclaimed"] == len(self.waiting(owner))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_store_does_what_the_model_says():
     Store.TestCase.settings = settings(
