@@ -16,6 +16,11 @@ void fdp_claim_close(fdp_claim *claim) {
     claim->spare = claim->fd = -1;
 }
 
+int fdp_peer_uid(int sock, unsigned int *uid) {
+    int pid;
+    return plat_peer(sock, uid, &pid);
+}
+
 static int request(int sock, fdp_claim *claim) {
     fdp_packet packet;
     ssize_t sent;

@@ -16,6 +16,9 @@ enum {
     FDP_ADDRESS_MAX = 112
 };
 
+/* No user's uid: what chown() takes for "leave it". */
+#define FDP_NOBODY 4294967295
+
 /* One received message. fds[0..nfds-1] belong to the message until Python stores -1 in their place. */
 typedef struct {
     int nfds;
@@ -160,6 +163,11 @@ int fdp_store_bound(int bound);
 
 /* Ends the thread and every ticket. Ownership: everything that the store holds is closed. */
 void fdp_store_stop(void);
+
+/* The effective uid of whoever listens at the other end of a claimant's connection, as it was when listen() was called; FDP_NOBODY
+ * when the kernel cannot name it.
+ * Ownership: borrows sock. */
+int fdp_peer_uid(int sock, unsigned int *uid);
 
 /* Claims over a connection to the owner; called again with the same claim after -EINTR. 0: claim->status says how it went.
  * -EMFILE: no number was free for the descriptor, and nothing was claimed. -EPIPE, -ECONNRESET: the owner closed the connection.

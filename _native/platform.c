@@ -183,12 +183,15 @@ int plat_random(unsigned char *out, size_t size) {
 
 #if defined(__linux__)
 
+/* The uid that the kernel writes for a user outside this user namespace, and that of the user "nobody". */
+enum { OVERFLOW_UID = 65534 };
+
 int plat_peer(int sock, unsigned int *uid, int *pid) {
     struct ucred peer;
     socklen_t size = sizeof peer;
     if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
         return -errno;
-    *uid = peer.uid;
+    *uid = peer.uid == OVERFLOW_UID && peer.pid == 0 ? (unsigned int)FDP_NOBODY : peer.uid;
     *pid = peer.pid;
     return 0;
 }

@@ -47,7 +47,8 @@ int plat_probe(int fd, fdp_socket_info *info);
  * Ownership: borrows listener; the connection returned is the caller's. */
 int plat_accept(int listener);
 
-/* Who connected: effective uid, and pid where the system tells it, else 0.
+/* Who is at the other end: effective uid of whoever connected or listens, FDP_NOBODY when the kernel cannot name it; and pid where
+ * the system tells it, else 0.
  * Ownership: borrows sock. */
 int plat_peer(int sock, unsigned int *uid, int *pid);
 

@@ -441,7 +441,8 @@ def claim(address: Address, ticket: bytes) -> OwnedFd:
     """The descriptor behind a ticket, owned by the caller.
 
     Raises TicketError (claimed, expired, withdrawn, unknown; owner gone, on another host, not answering), PeerRefusedError (another
-    uid), DescriptorsLostError (no free number: the ticket is untouched unless another thread took the last one), OSError.
+    uid here, or in the owner's place), DescriptorsLostError (no free number: the ticket is untouched unless another thread took the
+    last one), OSError.
     """
     try:
         scratch = _claims.pop()
@@ -519,7 +520,7 @@ def _ask(address: Address, scratch: _syscall.Claim) -> None:
 def _reach(address: Address) -> _Connection:
     path, pid, uid, _ = address
     try:
-        return _Connection(path)
+        connection = _Connection(path)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         if uid == os.geteuid() and _alive(pid):
             text = (
@@ -541,6 +542,15 @@ def _reach(address: Address) -> _Connection:
         if error.errno == errno.EAGAIN:
             raise TicketError(f"the owner of this descriptor (pid {pid}) has a full backlog: is it stopped?") from None
         raise
+    # Before the ticket is shown: once an owner has ended, others may make a folder and a socket of the same name.
+    found = _syscall.peer_uid(connection.fd)
+    if found != uid:
+        connection.close()
+        who = "a user that the kernel does not name" if found == _syscall.NOBODY else f"uid {found}"
+        raise PeerRefusedError(
+            f"this descriptor was pickled by uid {uid} (pid {pid}), but {who} listens at {path} now: nothing was asked of it"
+        )
+    return connection
 
 
 def _alive(pid: int) -> bool:

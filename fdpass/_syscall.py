@@ -271,6 +271,21 @@ class Claim:
         return pid
 
 
+#: What peer_uid() gives for a user that the kernel does not name here.
+NOBODY: int = lib.FDP_NOBODY
+_uid = ffi.typeof("unsigned int[1]")
+
+
+def peer_uid(sock: int) -> int:
+    """The effective uid of whoever listens where sock is connected to, or NOBODY. Raises OSError."""
+    uid = ffi.new(_uid)
+    code = lib.fdp_peer_uid(sock, uid)
+    if code < 0:
+        fail(code, "asking who answers for the owner of a pickled descriptor")
+    found: int = uid[0]
+    return found
+
+
 _put = lib.fdp_store_put
 _ticket = ffi.typeof("unsigned char[16]")
 

@@ -4,10 +4,12 @@ import contextlib
 import io
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -312,6 +314,106 @@ except fdpass.PeerRefusedError as error:
 """
     said = subprocess.run([sys.executable, "-c", program, raw.hex()], capture_output=True, text=True, check=True)
     assert said.stdout == f"this descriptor was pickled by uid 0 (pid {owner.pid}), whose store uid 65534 may not open\n"
+
+
+@pytest.fixture
+def shared_tmpdir():
+    """A folder in which anybody may make folders and nobody may remove another's, as /tmp."""
+    path = tempfile.mkdtemp(dir="/tmp")
+    os.chmod(path, 0o1777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("kept", [False, True], ids=["first claim", "after a claim from the owner"])
+def test_another_user_in_the_owners_place_is_refused_and_learns_no_ticket(shared_tmpdir, receiver, kept):
+    with claimant.Process(env={**os.environ, "TMPDIR": shared_tmpdir}) as owner:
+        raws = owner("make_many", 2)
+        folder = owner("where")
+        if kept:
+            assert receiver("load", raws[0])[0] == "given"
+        owner("set_linger", 0)
+        assert owner.end() == 0
+    near, far = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            os.mkdir(folder, 0o755)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(os.path.join(folder, "s"))
+                os.chmod(os.path.join(folder, "s"), 0o666)
+                listener.listen()
+                os.write(far, b"x")
+                conn = listener.accept()[0]
+                with conn, socket.socket() as chosen:
+                    request = conn.recv(32)
+                    if request:
+                        fdpass.send_fds(conn, [packet(request[8:24])], [chosen])
+                    status = 2 if request else 0
+        finally:
+            os._exit(status)
+    os.close(far)
+    assert os.read(near, 1) == b"x"
+    os.close(near)
+    got = receiver("load", raws[1])
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert got == (
+        "PeerRefusedError",
+        f"this descriptor was pickled by uid 0 (pid {owner.pid}), but uid 65534 listens at {folder}/s now: nothing was asked of it",
+    )
+
+
+_UNSHARE = shutil.which("unshare")
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or _UNSHARE is None or subprocess.run([_UNSHARE, "-pf", "true"], capture_output=True, check=False).returncode != 0,
+    reason="only root can become another user, and in a process namespace of its own only where unshare may",
+)
+@pytest.mark.parametrize("inside", ["owner", "claimant"])
+def test_nobodys_uid_without_a_pid_is_nobodys_word(shared_tmpdir, inside):
+    # 65534 is also what the kernel writes for a user that it cannot name; across process namespaces there is no pid to tell them apart.
+    program = """
+import os, pickle, socket, sys
+import multiprocessing.util, fdpass, fdpass.handles, fdpass._store
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+if sys.argv[1] == "owner":
+    fdpass._store.configure(fdpass._store.settings()._replace(linger=0))
+    with socket.socket() as sock, fdpass.SocketHandle(sock) as handle:
+        print(pickle.dumps(handle).hex(), flush=True)
+    sys.stdin.read()
+    print(fdpass.store_stats().refused)
+else:
+    try:
+        pickle.loads(bytes.fromhex(sys.argv[2])).close()
+        print("given")
+    except fdpass.PeerRefusedError as error:
+        print(error)
+"""
+
+    def begin(*args):
+        apart = [_UNSHARE, "-pf"] if inside == args[0] else []
+        environment = {**os.environ, "TMPDIR": shared_tmpdir}
+        return subprocess.Popen(
+            [*apart, sys.executable, "-c", program, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    with begin("owner") as owner:
+        raw = owner.stdout.readline().strip()
+        with begin("claimant", raw) as other:
+            said = other.communicate()[0]
+        refused = owner.communicate()[0]
+    if inside == "owner":
+        assert said.endswith("which gives nothing to uid 65534\n")
+        assert refused == "1\n"
+    else:
+        assert "but a user that the kernel does not name listens at" in said
+        assert refused == "0\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- bounds
