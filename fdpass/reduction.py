@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def register(max_unclaimed: int | None = None, ttl: float | None = None, linger: float = 2.0) -> None:
     """Makes raw sockets (subclasses too) and connections travel by fdpass's rules through every multiprocessing queue, pipe, pool
-    and process of this program, and with them what is built on multiprocessing.reduction.DupFd: shared ctypes, torch tensors.
+    and process of this program, and with them what pickles by multiprocessing.reduction.DupFd: torch tensors, the Arena and
+    BufferWrapper of multiprocessing.heap. Shared ctypes and locks stay what they are, arguments of processes only.
 
     max_unclaimed: how many pickled descriptors may wait to be loaded; never more than three quarters of RLIMIT_NOFILE, which is
     also what None means. ttl: seconds after which one that nobody loaded is closed, None never. linger: seconds that the process
@@ -94,14 +95,15 @@ def _override(pickler: ForkingPickler, obj: Any) -> Any:
         return NotImplemented
     try:
         return reducer(obj)
-    except (ValueError, ClosedError) as error:
-        report = _feeder_report() if _closed(obj) else None
-        if report is None:
-            raise
-        if report is not sys.modules["multiprocessing.queues"].Queue._on_queue_feeder_error:
-            # ProcessPoolExecutor's sets the exception of the future, which needs no more than a better word.
-            raise ValueError(_cure(obj)) from error
-        return _lost(obj)
+    except (ValueError, ClosedError, TicketError, OSError) as error:
+        late = isinstance(error, (ValueError, ClosedError)) and _closed(obj)
+        where, reports = _pickling_thread()
+        if where == "queue" and not reports:
+            return _lost(_cure(obj, where) if late else _refused(obj, error))
+        if where and late:
+            # The future of an executor and the result of a pool get what is raised here: all that is missing is a better word.
+            raise (ClosedError if isinstance(error, ClosedError) else ValueError)(_cure(obj, where)) from error
+        raise
 
 
 def _dump_over(before: Callable[..., None] | None) -> Callable[..., None]:
@@ -221,7 +223,7 @@ _PLACES: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
 _installed: dict[str, tuple[Any, Any]] = {}
 
 
-# -- put(sock); sock.close() ---------------------------------------------------------------------------------------------------
+# -- what fails in a thread of multiprocessing's -------------------------------------------------------------------------------
 
 
 def _closed(obj: Any) -> bool:
@@ -234,29 +236,39 @@ def _closed(obj: Any) -> bool:
         return False
 
 
-def _feeder_report() -> Any:
-    """Where a queue's feeder thread is pickling, what it reports errors to (multiprocessing's own prints them and drops the item)."""
-    queues = sys.modules.get("multiprocessing.queues")
-    if queues is None:
-        return None
+def _pickling_thread() -> tuple[str, bool]:
+    """Which thread is pickling what a program handed over earlier: that of a "queue" or a "pool", "" for none; and whether somebody
+    hears its errors. A queue of multiprocessing's own prints them and drops the item."""
+    feed = getattr(getattr(sys.modules.get("multiprocessing.queues"), "Queue", None), "_feed", None)
+    tasks = getattr(getattr(sys.modules.get("multiprocessing.pool"), "Pool", None), "_handle_tasks", None)
     frame = sys._getframe()
-    while frame is not None and frame.f_code is not queues.Queue._feed.__code__:
+    while frame is not None:
+        if feed is not None and frame.f_code is feed.__code__:
+            silent = sys.modules["multiprocessing.queues"].Queue._on_queue_feeder_error
+            return "queue", frame.f_locals.get("onerror") is not silent
+        if tasks is not None and frame.f_code is tasks.__code__:
+            return "pool", True
         frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
-    return None if frame is None else frame.f_locals.get("onerror")
+    return "", True
 
 
-def _cure(obj: Any) -> str:
+def _cure(obj: Any, where: str) -> str:
     kind = type(obj).__name__
+    handed, hand = ("put into a queue", "Put") if where == "queue" else ("given to a pool", "Give it")
     if kind == "SocketHandle":
-        cure = "Put the handle and let go of it without close(): it closes when the queue is done with it"
+        cure = f"{hand} the handle and let go of it without close(): it closes when the {where} is done with it"
     else:
-        cure = "Put a SocketHandle(sock) instead: it holds a duplicate, so sock may be closed at once"
-    return f"an item with a {kind} was put into a queue, and the {kind} was closed before the queue's thread had pickled it. {cure}"
+        cure = f"{hand} a SocketHandle(sock) instead: it holds a duplicate, so sock may be closed at once"
+    return f"an item with a {kind} was {handed}, and the {kind} was closed before the {where}'s thread had pickled it. {cure}"
 
 
-def _lost(obj: Any) -> tuple[Any, ...]:
+def _refused(obj: Any, error: Exception) -> str:
+    kind = "DupFd" if isinstance(obj, _Duplicate) else type(obj).__name__
+    return f"an item with a {kind} was put into a queue, and could not be pickled there: {error}"
+
+
+def _lost(text: str) -> tuple[Any, ...]:
     """The item travels as its own error: get() raises it in the receiver, and this process is warned."""
-    text = _cure(obj)
     try:
         warnings.warn(f"{text}. The receiver's get() raises TicketError", RuntimeWarning, stacklevel=1)
     except RuntimeWarning:  # where warnings are errors; raised here it would be printed and the item lost
@@ -266,3 +278,7 @@ def _lost(obj: Any) -> tuple[Any, ...]:
 
 def _raise_lost(text: str) -> NoReturn:
     raise TicketError(text)
+
+
+#: Pickles by itself; here so that a queue treats what it cannot keep as it treats a socket.
+_carriers.raw_reducers[_Duplicate] = _Duplicate.__reduce__

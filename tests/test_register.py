@@ -126,8 +126,9 @@ def test_executors_and_pools(store, as_found, unix_pair, method):
     context = multiprocessing.get_context(method)
     near, far = unix_pair
     mine = Mine(fileno=os.dup(near.fileno()))
-    closed = near.dup()
+    closed, closed_handle = near.dup(), fdpass.SocketHandle(near)
     closed.close()
+    closed_handle.close()
     with mine, fdpass.registered():
         with ProcessPoolExecutor(1, mp_context=context) as executor:
             assert executor.submit(store_targets.pids_of, [near, mine]).result() == ["socket", "Mine"]
@@ -137,6 +138,11 @@ def test_executors_and_pools(store, as_found, unix_pair, method):
             assert executor.submit(store_targets.pids_of, [near]).result() == ["socket"]
         with context.Pool(1) as pool:
             assert pool.map(store_targets.pids_of, [[near], [mine, near]]) == [["socket"], ["Mine", "socket"]]
+            with pytest.raises(ValueError, match=r"was given to a pool, .*Give it a SocketHandle\(sock\) instead"):
+                pool.apply_async(store_targets.pids_of, ([closed],)).get()
+            with pytest.raises(fdpass.ClosedError, match=r"was given to a pool, .*let go of it without close\(\)"):
+                pool.apply_async(store_targets.pids_of, ([closed_handle],)).get()
+            assert pool.apply(store_targets.pids_of, ([near],)) == ["socket"]
             pool.close()
             pool.join()
     assert fdpass.store_stats().unclaimed == 0
@@ -174,10 +180,10 @@ def test_dup_fd_is_ours(store, as_found, marked, content):
     assert fdpass.store_stats().made == 1
 
 
-def test_shared_ctypes_go_through_a_pipe(store, as_found, run_python):
+def test_heap_arenas_and_buffer_wrappers_pickle_and_shared_ctypes_do_not(store, as_found, run_python):
     run_python("""
 import multiprocessing, fdpass
-from multiprocessing import heap
+from multiprocessing import heap, sharedctypes
 from multiprocessing.reduction import ForkingPickler
 fdpass.register()
 arena = heap.Arena(4096)
@@ -187,7 +193,81 @@ assert other.buffer[:5] == b"hello"
 other.buffer[:5] = b"HELLO"
 assert arena.buffer[:5] == b"HELLO"
 assert fdpass.store_stats().claims == 1
+wrapper = heap.BufferWrapper(64)
+wrapper.create_memoryview()[:5] = b"hello"
+assert ForkingPickler.loads(ForkingPickler.dumps(wrapper)).create_memoryview()[:5] == b"hello"
+assert fdpass.store_stats().claims == 2
+for shared in (multiprocessing.Value("i"), multiprocessing.Array("i", 2), sharedctypes.RawValue("i"), multiprocessing.Lock()):
+    try:
+        ForkingPickler.dumps(shared)
+    except RuntimeError as error:
+        assert "through inheritance" in str(error), error
+    else:
+        raise AssertionError(shared)
 """)
+
+
+@pytest.fixture
+def own_queue():
+    """A queue whose both ends are here, its feeder running."""
+    queue = multiprocessing.Queue()
+    queue.put(None)
+    queue.get()
+    yield queue
+    queue.close()
+    queue.join_thread()
+    queue._reader.close()
+
+
+def own_queue_loses(queue, item, words):
+    def through():
+        queue.put(item)
+        with pytest.raises(fdpass.TicketError, match=words):
+            queue.get(timeout=60)
+
+    with pytest.warns(RuntimeWarning, match=words):
+        through()
+
+
+def test_an_item_that_a_full_store_refuses_reaches_the_receiver_and_warns_the_sender(store, as_found, unix_pair, own_queue):
+    with fdpass.registered(max_unclaimed=1):
+        for item, kind in ((unix_pair[0], "socket"), (fdpass.SocketHandle(unix_pair[0]), "SocketHandle")):
+            raw = ForkingPickler.dumps(unix_pair[0])
+            words = rf"an item with a {kind} was put into a queue, and could not be pickled there: the store .* is full: 1 were pickled"
+            own_queue_loses(own_queue, ["beside it", item], words)
+            pickle.loads(raw).close()
+            own_queue.put(item)
+            own_queue.get(timeout=60).close()
+        assert fdpass.store_stats().unclaimed == 0
+        raw = ForkingPickler.dumps(unix_pair[0])
+        own_queue_loses(own_queue, reduction.DupFd(unix_pair[0].fileno()), "an item with a DupFd was put into a queue, and could not be")
+        pickle.loads(raw).close()
+
+
+def test_an_item_for_which_no_number_is_free_reaches_the_receiver_and_warns_the_sender(
+    store, as_found, unix_pair, own_queue, full_table, fd_count
+):
+    with fdpass.registered():
+        ForkingPickler.loads(ForkingPickler.dumps(unix_pair[0])).close()
+        before = fd_count()
+        words = r"an item with a socket was put into a queue, and could not be pickled there: .*needs a free number \(RLIMIT_NOFILE is \d+"
+        with full_table():
+            own_queue_loses(own_queue, unix_pair[0], words)
+        assert fd_count() == before
+        own_queue.put(unix_pair[0])
+        own_queue.get(timeout=60).close()
+
+
+def test_a_full_store_is_still_an_error_where_somebody_waits_for_the_pickling(store, as_found, unix_pair):
+    context = multiprocessing.get_context("spawn")
+    left, right = multiprocessing.Pipe()
+    with left, right, fdpass.registered(max_unclaimed=1):
+        raw = ForkingPickler.dumps(unix_pair[0])
+        with pytest.raises(fdpass.TicketError, match="is full"):
+            left.send(unix_pair[0])
+        with ProcessPoolExecutor(1, mp_context=context) as executor, pytest.raises(fdpass.TicketError, match=r"^the store .* is full"):
+            executor.submit(store_targets.pids_of, [unix_pair[0]]).result()
+        pickle.loads(raw).close()
 
 
 def test_a_pickling_that_fails_leaves_no_ticket(store, as_found, unix_pair, fd_count):
