@@ -7,7 +7,7 @@ from pathlib import Path
 import cffi
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["ancillary.c", "socket.c", "watch.c", "platform.c"]
+SOURCES = ["ancillary.c", "socket.c", "watch.c", "store.c", "claim.c", "platform.c"]
 
 ffibuilder = cffi.FFI()
 _marked = re.search(r"/\* cffi: begin \*/(.*)/\* cffi: end \*/", (HERE / "fdpass_native.h").read_text(), re.S)
@@ -30,7 +30,7 @@ ffibuilder.set_source(
     '#include "fdpass_native.h"',
     sources=[f"_native/{name}" for name in SOURCES],
     include_dirs=["_native"],
-    depends=["_native/fdpass_native.h", "_native/platform.h"],
+    depends=["_native/fdpass_native.h", "_native/platform.h", "_native/packet.h"],
     define_macros=_macros,
     extra_compile_args=_flags,
     extra_link_args=_link,

@@ -16,6 +16,9 @@ enum {
     FDP_ADDRESS_MAX = 112
 };
 
+/* No user's uid: what chown() takes for "leave it". */
+#define FDP_NOBODY 4294967295
+
 /* One received message. fds[0..nfds-1] belong to the message until Python stores -1 in their place. */
 typedef struct {
     int nfds;
@@ -90,6 +93,90 @@ int fdp_watch_start(int pidfd, int channel, int supervisor, int grace_ms);
 /* Ends the watch, or forgets the one of the parent process when called in a forked child (in_child = 1).
  * Ownership: consumes the duplicates that fdp_watch_start made. */
 void fdp_watch_stop(int in_child);
+
+/* -- The store: descriptors kept until they are claimed. docs/claims.md is the protocol. */
+
+enum {
+    FDP_TICKET = 16,          /* bytes of a ticket, all random */
+    FDP_PACKET = 32,          /* bytes of a request and of an answer */
+    FDP_CONNECTIONS = 256,    /* claimants that a store keeps connected */
+    FDP_REMEMBERED = 4096     /* ended tickets of which the store still knows how they ended */
+};
+
+/* What an answer says, and how a ticket ended. */
+enum {
+    FDP_GIVEN = 0,      /* the descriptor comes with the answer */
+    FDP_CLAIMED = 1,    /* every claim was used; pid is the last claimant's */
+    FDP_EXPIRED = 2,
+    FDP_WITHDRAWN = 3,  /* the pickling failed after the ticket was made */
+    FDP_UNKNOWN = 4,
+    FDP_REFUSED = 5,    /* the claimant has another uid */
+    FDP_BUSY = 6        /* too many descriptors of this user are in flight: ask again */
+};
+
+typedef struct {
+    int unclaimed;                 /* tickets that can be claimed now */
+    int connections;               /* claimants connected now */
+    unsigned long long made;       /* tickets so far */
+    unsigned long long claims;     /* descriptors given so far */
+    unsigned long long expired;    /* tickets whose time ran out */
+    unsigned long long withdrawn;
+    unsigned long long unanswered; /* claims of unknown, claimed or expired tickets */
+    unsigned long long busy;       /* times that a claimant was told to ask again */
+    unsigned long long refused;    /* connections of another uid */
+    unsigned long long dropped;    /* connections closed for garbage, silence, half a packet or answers not read */
+} fdp_store_stats;
+
+/* One claim under way. */
+typedef struct {
+    int stage;    /* 0: to be sent, 1: sent, the answer is awaited */
+    int spare;    /* a number held free for the descriptor, or -1 */
+    int status;
+    int pid;      /* of the claimant that came before, with FDP_CLAIMED; 0 where the system does not tell */
+    int fd;       /* with FDP_GIVEN; -1 when the kernel could not install it */
+    unsigned char ticket[16];
+} fdp_claim;
+
+/* Starts the thread that serves this process's store: it never needs the interpreter. A forked child has no store and none of its
+ * descriptors, whoever forked it. Returns 1 when it was started, 0 when it was running.
+ * Ownership: consumes listener (bound, listening) and lock (a file, or -1) when it returns 1, else both stay the caller's. */
+int fdp_store_start(int listener, int lock);
+
+/* Keeps fd until it was claimed `claims` times or ttl_ns nanoseconds (0: for ever, negative: expired at once) are over, and writes
+ * its ticket. At most `bound` tickets, and three quarters of the soft RLIMIT_NOFILE: past that -ENOSPC. -ENOTCONN without a thread.
+ * Ownership: borrows fd; the store holds a duplicate, which it closes when the ticket ends. */
+int fdp_store_put(int fd, int claims, long long ttl_ns, int bound, unsigned char *ticket);
+
+/* A claim by the owner itself, without the thread. Returns 0, claim->status says how it went; -EMFILE and the like leave the ticket.
+ * Ownership: with FDP_GIVEN claim->fd is the caller's. */
+int fdp_store_take(fdp_claim *claim);
+
+/* Ends a ticket that nobody will claim. Returns 1, or 0 when there was none.
+ * Ownership: the store's duplicate is closed. */
+int fdp_store_withdraw(const unsigned char *ticket);
+
+/* How things stand. Ownership: none. */
+void fdp_store_count(fdp_store_stats *stats);
+
+/* How many tickets can be claimed at most under the present limit and `bound`. Ownership: none. */
+int fdp_store_bound(int bound);
+
+/* Ends the thread and every ticket. Ownership: everything that the store holds is closed. */
+void fdp_store_stop(void);
+
+/* The effective uid of whoever listens at the other end of a claimant's connection, as it was when listen() was called; FDP_NOBODY
+ * when the kernel cannot name it.
+ * Ownership: borrows sock. */
+int fdp_peer_uid(int sock, unsigned int *uid);
+
+/* Claims over a connection to the owner; called again with the same claim after -EINTR. 0: claim->status says how it went.
+ * -EMFILE: no number was free for the descriptor, and nothing was claimed. -EPIPE, -ECONNRESET: the owner closed the connection.
+ * -ETIMEDOUT, -EPROTO, and what the system calls give. After any error but -EINTR the connection is of no use.
+ * Ownership: borrows sock. claim->fd is the caller's; claim->spare is the claim's between calls that return -EINTR, else closed. */
+int fdp_claim_run(int sock, fdp_claim *claim, int timeout_ms);
+
+/* Closes what a claim holds. Ownership: consumes claim->fd and claim->spare where they are not -1. */
+void fdp_claim_close(fdp_claim *claim);
 /* cffi: end */
 
 #endif

@@ -11,6 +11,10 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#if defined(__linux__)
+#include <sys/random.h>
+#endif
+
 #if defined(__linux__) && !defined(FDP_FORCE_FALLBACK)
 #define FDP_LINUX 1
 #else
@@ -75,6 +79,15 @@ int plat_stray_descriptor(const struct cmsghdr *control) {
 int plat_probe(int fd, fdp_socket_info *info) {
     int result = plat_option(fd, SO_DOMAIN, &info->family);
     return result < 0 ? result : plat_option(fd, SO_PROTOCOL, &info->protocol);
+}
+
+int plat_accept(int listener) {
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+int plat_random(unsigned char *out, size_t size) {
+    return getrandom(out, size, 0) == (ssize_t)size ? 0 : -errno;
 }
 
 #else
@@ -142,6 +155,63 @@ int plat_probe(int fd, fdp_socket_info *info) {
     /* There is no SO_PROTOCOL to ask; these two are what the protocols of the internet families come down to. */
     if (info->family == AF_INET || info->family == AF_INET6)
         info->protocol = info->type == SOCK_STREAM ? IPPROTO_TCP : info->type == SOCK_DGRAM ? IPPROTO_UDP : 0;
+    return 0;
+}
+
+int plat_accept(int listener) {
+    int result, fd = accept(listener, NULL, NULL);
+    if (fd < 0)
+        return -errno;
+    if ((result = cloexec(fd)) < 0) {
+        close(fd);
+        return result;
+    }
+    return fd;
+}
+
+int plat_random(unsigned char *out, size_t size) {
+    ssize_t got;
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    got = read(fd, out, size);
+    close(fd);
+    return got == (ssize_t)size ? 0 : -EIO;
+}
+
+#endif
+
+#if defined(__linux__)
+
+/* The uid that the kernel writes for a user outside this user namespace, and that of the user "nobody". */
+enum { OVERFLOW_UID = 65534 };
+
+int plat_peer(int sock, unsigned int *uid, int *pid) {
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    if (getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
+        return -errno;
+    *uid = peer.uid == OVERFLOW_UID && peer.pid == 0 ? (unsigned int)FDP_NOBODY : peer.uid;
+    *pid = peer.pid;
+    return 0;
+}
+
+#else
+
+int plat_peer(int sock, unsigned int *uid, int *pid) {
+    uid_t user;
+    gid_t group;
+    if (getpeereid(sock, &user, &group) < 0)
+        return -errno;
+    *uid = user;
+    *pid = 0;
+#ifdef LOCAL_PEERPID
+    {
+        socklen_t size = sizeof *pid;
+        if (getsockopt(sock, SOL_LOCAL, LOCAL_PEERPID, pid, &size) < 0)
+            *pid = 0;
+    }
+#endif
     return 0;
 }
 

@@ -43,6 +43,19 @@ int plat_option(int fd, int name, int *value);
  * Ownership: borrows fd. */
 int plat_probe(int fd, fdp_socket_info *info);
 
+/* accept, the connection close-on-exec.
+ * Ownership: borrows listener; the connection returned is the caller's. */
+int plat_accept(int listener);
+
+/* Who is at the other end: effective uid of whoever connected or listens, FDP_NOBODY when the kernel cannot name it; and pid where
+ * the system tells it, else 0.
+ * Ownership: borrows sock. */
+int plat_peer(int sock, unsigned int *uid, int *pid);
+
+/* Random bytes from the system.
+ * Ownership: none. */
+int plat_random(unsigned char *out, size_t size);
+
 /* The name of a sender, without the family; returns its length.
  * Ownership: none. */
 int plat_address(const void *name, size_t size, char *out);

@@ -26,6 +26,7 @@ from fdpass.fds import OwnedFd
 from fdpass.limits import raise_fd_limit
 
 if TYPE_CHECKING:
+    from fdpass._store import store_stats
     from fdpass.channel import Channel, Pipe
     from fdpass.completion import wait_for_completion_or_failure
     from fdpass.endpoint import Endpoint, listen
@@ -63,6 +64,7 @@ __all__ = [
     "register",
     "registered",
     "send_fds",
+    "store_stats",
     "unregister",
     "wait_for_completion_or_failure",
 ]
@@ -78,6 +80,7 @@ _LATER = {
     "listen": "endpoint",
     "register": "reduction",
     "registered": "reduction",
+    "store_stats": "_store",
     "unregister": "reduction",
     "wait_for_completion_or_failure": "completion",
 }

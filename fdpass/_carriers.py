@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from fdpass import _syscall
+from fdpass import _store, _syscall
 from fdpass.ancillary import recv_fds, send_fds
 from fdpass.errors import TicketError
 from fdpass.fds import OwnedFd, _own, kind_of
@@ -33,29 +33,29 @@ incoming: ContextVar[list[OwnedFd | None] | None] = ContextVar("fdpass incoming 
 FORKSERVER_DIRECT = 200
 
 
-def carry(fd: int, what: str) -> Token:
+def carry(fd: int, what: str, claims: int = 1) -> Token:
     """Hands an open descriptor (borrowed) to the carrier in force and returns the token that claims it.
 
-    Raises ValueError when it is not open, TicketError where no carrier is in force.
+    claims: how often a token of the store may be claimed; the other carriers do not count.
+    Raises ValueError when it is not open, TicketError when the store is full, OSError.
     """
+    frame = outgoing.get()
+    popen = spawning_popen() if frame is None else None
+    if frame is None and popen is None:
+        return "ticket", *_store.put(fd, what, claims)
     if fd < 0 or kind_of(fd) == "not open":
         raise ValueError(f"{what} is closed: it has no descriptor to pass on")
-    frame = outgoing.get()
     if frame is not None:
         frame.append(fd)
         return ("frame", len(frame) - 1)
-    popen = spawning_popen()
-    if popen is not None:
-        return _inherit(popen, fd)
-    raise TicketError(
-        f"{what} cannot be pickled here: a descriptor travels as an argument of a process that is being started, "
-        "or inside Channel.send(), and this pickle is neither"
-    )
+    return _inherit(popen, fd)
 
 
 def claim(token: Token) -> OwnedFd:
-    """The descriptor behind a token, owned by the caller. Raises TicketError, DescriptorsLostError, OSError."""
+    """The descriptor behind a token, owned by the caller. Raises TicketError, PeerRefusedError, DescriptorsLostError, OSError."""
     kind, *rest = token
+    if kind == "ticket":
+        return _store.claim(*rest)
     if kind == "frame":
         owners = incoming.get()
         if owners is None:
@@ -102,8 +102,9 @@ def _raw_reducer(cls: Any) -> Callable[[Any], tuple[Any, ...]] | None:
 
 def spawning_popen() -> Any:
     """The Popen of the multiprocessing process whose arguments are being pickled in this thread, or None."""
-    context = sys.modules.get("multiprocessing.context")
-    return None if context is None else context.get_spawning_popen()
+    # A signal handler may pickle while the module is being imported.
+    get = getattr(sys.modules.get("multiprocessing.context"), "get_spawning_popen", None)
+    return None if get is None else get()
 
 
 # -- the inherited carrier, sending side -------------------------------------------------------------------------------------

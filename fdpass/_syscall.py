@@ -223,6 +223,111 @@ def watch_stop(in_child: bool = False) -> None:
     lib.fdp_watch_stop(in_child)
 
 
+TICKET = lib.FDP_TICKET
+GIVEN, CLAIMED, EXPIRED, WITHDRAWN = lib.FDP_GIVEN, lib.FDP_CLAIMED, lib.FDP_EXPIRED, lib.FDP_WITHDRAWN
+UNKNOWN, REFUSED, BUSY = lib.FDP_UNKNOWN, lib.FDP_REFUSED, lib.FDP_BUSY
+#: Place of fdp_claim's descriptor in Claim.ints.
+CLAIM_FD = ffi.offsetof("fdp_claim", "fd") // 4
+
+
+class Claim:
+    """What one claim needs in memory, reused. Whoever drops it in the middle closes what it holds. See Scratch for the numbers."""
+
+    __slots__ = ("claim", "ints")
+
+    def __init__(self) -> None:
+        claim = ffi.new("fdp_claim *")
+        claim.spare = claim.fd = -1
+        self.claim: Any = ffi.gc(claim, lib.fdp_claim_close)
+        self.ints = memoryview(ffi.buffer(self.claim)).cast("i")
+
+    def prepare(self, ticket: bytes) -> None:
+        """Begins a claim."""
+        self.claim.stage = 0
+        self.claim.ticket = ticket
+
+    def run(self, sock: int, deadline: float) -> int:
+        """Asks over a connection; returns 0 or -errno, as fdp_claim_run. deadline: time.monotonic() seconds."""
+        while True:
+            code: int = lib.fdp_claim_run(sock, self.claim, max(0, int((deadline - monotonic()) * 1000 + 0.999)))
+            if code != _EINTR:
+                return code
+
+    def take(self) -> int:
+        """Asks this process's own store; returns 0 or -errno."""
+        code: int = lib.fdp_store_take(self.claim)
+        return code
+
+    @property
+    def status(self) -> int:
+        """GIVEN and so on, after a 0."""
+        status: int = self.claim.status
+        return status
+
+    @property
+    def pid(self) -> int:
+        """Of the claimant that came before; 0 where nobody knows."""
+        pid: int = self.claim.pid
+        return pid
+
+
+#: What peer_uid() gives for a user that the kernel does not name here.
+NOBODY: int = lib.FDP_NOBODY
+_uid = ffi.typeof("unsigned int[1]")
+
+
+def peer_uid(sock: int) -> int:
+    """The effective uid of whoever listens where sock is connected to, or NOBODY. Raises OSError."""
+    uid = ffi.new(_uid)
+    code = lib.fdp_peer_uid(sock, uid)
+    if code < 0:
+        fail(code, "asking who answers for the owner of a pickled descriptor")
+    found: int = uid[0]
+    return found
+
+
+_put = lib.fdp_store_put
+_ticket = ffi.typeof("unsigned char[16]")
+
+
+def store_start(listener: int, lock: int) -> bool:
+    """Starts the thread of the store. True: it has taken both descriptors; False: one was running. Raises OSError."""
+    code: int = lib.fdp_store_start(listener, lock)
+    if code < 0:
+        fail(code, "starting the store of descriptors")
+    return bool(code)
+
+
+def store_put(fd: int, claims: int, ttl_ns: int, bound: int) -> bytes | int:
+    """The ticket of a new entry, or -errno; fd is borrowed."""
+    ticket = ffi.new(_ticket)
+    code: int = _put(fd, claims, ttl_ns, bound, ticket)
+    return code if code < 0 else bytes(ffi.buffer(ticket))
+
+
+def store_withdraw(ticket: bytes) -> bool:
+    """Ends a ticket; False when there was none."""
+    return bool(lib.fdp_store_withdraw(ticket))
+
+
+def store_count() -> Any:
+    """The fdp_store_stats of now."""
+    stats = ffi.new("fdp_store_stats *")
+    lib.fdp_store_count(stats)
+    return stats
+
+
+def store_bound(bound: int) -> int:
+    """How many tickets fit under this bound (0: none given) and the present limit."""
+    most: int = lib.fdp_store_bound(bound)
+    return most
+
+
+def store_stop() -> None:
+    """Ends the thread and every ticket."""
+    lib.fdp_store_stop()
+
+
 def forced() -> frozenset[str]:
     """Fallbacks that FDPASS_FORCE asks for, so that tests cover them on a system that has the real thing."""
     return frozenset(filter(None, os.environ.get("FDPASS_FORCE", "").split(",")))

@@ -10,6 +10,7 @@ import os
 import pickle
 import threading
 from io import BytesIO
+from operator import methodcaller
 from socket import socket as Socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -307,6 +308,9 @@ class Channel:
 
 def _rebuild(token: _carriers.Token, max_size: int, max_fds: int, readable: bool, writable: bool) -> Channel:
     return Channel._of(_carriers.claim(token), max_size, max_fds, readable, writable)
+
+
+_carriers.raw_reducers[Channel] = methodcaller("__reduce__")
 
 
 class _Inbox:

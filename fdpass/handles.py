@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _carriers, _syscall
@@ -20,8 +21,8 @@ Reduced = tuple[Any, ...]
 class SocketHandle:
     """A picklable share in a socket: it duplicates sock at once, so sock may be closed.
 
-    Pickles as an argument of a process that is being started and inside Channel.send(). Every pickle that is loaded gives a
-    handle of its own; open() turns it into a socket with the timeout, family, type and protocol of the original.
+    Pickles with any pickler. Every pickle that is loaded gives a handle of its own; open() turns it into a socket with the
+    timeout, family, type and protocol of the original.
 
     sock:   any socket but an SSLSocket. claims: how often one pickle of it may be loaded, at least 1.
     Raises TypeError, ValueError (closed, SSL, claims), OSError (no free descriptor).
@@ -71,7 +72,7 @@ class SocketHandle:
 
     def __reduce__(self) -> Reduced:
         fd = self._fileno("pickle")
-        return _rebuild_handle, (_carriers.carry(fd, "SocketHandle"), self._timeout, self._claims)
+        return _rebuild_handle, (_carriers.carry(fd, "SocketHandle", self._claims), self._timeout, self._claims)
 
     def __enter__(self) -> Self:
         return self
@@ -170,4 +171,7 @@ def rebuild_connection(token: _carriers.Token, readable: bool, writable: bool) -
 
 
 _carriers.raw_reducers[socket.socket] = reduce_socket
+# These pickle by themselves; here they are seen by whoever treats all that holds a descriptor alike.
+_carriers.raw_reducers[OwnedFd] = reduce_owned
+_carriers.raw_reducers[SocketHandle] = methodcaller("__reduce__")
 _carriers.raw_reducers["multiprocessing.connection.Connection"] = reduce_connection

@@ -18,10 +18,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+
+from fdpass import _store
 
 # No deadline: a test asserts no timing. No database: a test leaves no file. The balance fixture spans all examples of a test, as it should.
 settings.register_profile("fdpass", deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -109,6 +112,18 @@ def fd_count() -> Callable[[], int]:
 
 
 # -------------------------------------------------------------------------------- sockets and files
+
+
+@pytest.fixture
+def store() -> Iterator[ModuleType]:
+    """For a test that makes or claims tickets in this process: fdpass._store, ended afterwards with its connections."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield _store
+    _store.stop()
+    _store.close_connections()
+    _store.configure(_store.Settings())
+    # The first ticket raised it.
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.fixture

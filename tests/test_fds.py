@@ -155,7 +155,7 @@ def test_repr_shows_the_number_while_there_is_one(number):
     assert str(number) not in repr(owned)
 
 
-def test_a_copy_is_never_a_second_owner_of_the_number(number):
+def test_a_copy_is_never_a_second_owner_of_the_number(store, number):
     with fdpass.OwnedFd(number) as owned:
         for duplicate in (copy.copy, copy.deepcopy):
             try:
