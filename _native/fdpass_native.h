@@ -164,6 +164,15 @@ int fdp_store_bound(int bound);
 /* Ends the thread and every ticket. Ownership: everything that the store holds is closed. */
 void fdp_store_stop(void);
 
+/* Connects to an owner; where many wait to be let in it waits its turn. 0, or -EAGAIN: nobody was let in within timeout_ms, and what
+ * the system calls give. A forked child has not got the connection, whoever forked it.
+ * Ownership: path is the caller's. *sock is a connection or -1 and closed; then the new one, the caller's for fdp_claim_leave, or -1. */
+int fdp_claim_open(const char *path, int timeout_ms, int *sock);
+
+/* Ends a connection; a number that fdp_claim_open has not given in this process is left alone. Ownership: consumes *sock, which is
+ * -1 afterwards; nothing when it was. */
+void fdp_claim_leave(int *sock);
+
 /* The effective uid of whoever listens at the other end of a claimant's connection, as it was when listen() was called; FDP_NOBODY
  * when the kernel cannot name it.
  * Ownership: borrows sock. */

@@ -21,11 +21,14 @@
 #define FDP_LINUX 0
 #endif
 
-static int cloexec(int fd) {
-    int flags = fcntl(fd, F_GETFD);
-    if (flags < 0 || fcntl(fd, F_SETFD, flags | FD_CLOEXEC) < 0)
+/* Takes fd, the result of a system call, to 3 or higher and close-on-exec. */
+static int numbered(int fd) {
+    int result;
+    if (fd < 0)
         return -errno;
-    return 0;
+    if ((result = fdp_adopt(fd)) < 0)
+        close(fd);
+    return result;
 }
 
 int plat_option(int fd, int name, int *value) {
@@ -81,6 +84,8 @@ int plat_probe(int fd, fdp_socket_info *info) {
     return result < 0 ? result : plat_option(fd, SO_PROTOCOL, &info->protocol);
 }
 
+int plat_socket(int type) { return numbered(socket(AF_UNIX, type | SOCK_CLOEXEC, 0)); }
+
 int plat_accept(int listener) {
     int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     return fd < 0 ? -errno : fd;
@@ -91,6 +96,13 @@ int plat_random(unsigned char *out, size_t size) {
 }
 
 #else
+
+static int cloexec(int fd) {
+    int flags = fcntl(fd, F_GETFD);
+    if (flags < 0 || fcntl(fd, F_SETFD, flags | FD_CLOEXEC) < 0)
+        return -errno;
+    return 0;
+}
 
 int plat_recv_flags(void) { return 0; }
 
@@ -157,6 +169,8 @@ int plat_probe(int fd, fdp_socket_info *info) {
         info->protocol = info->type == SOCK_STREAM ? IPPROTO_TCP : info->type == SOCK_DGRAM ? IPPROTO_UDP : 0;
     return 0;
 }
+
+int plat_socket(int type) { return numbered(socket(AF_UNIX, type, 0)); }
 
 int plat_accept(int listener) {
     int result, fd = accept(listener, NULL, NULL);

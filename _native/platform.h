@@ -43,6 +43,10 @@ int plat_option(int fd, int name, int *value);
  * Ownership: borrows fd. */
 int plat_probe(int fd, fdp_socket_info *info);
 
+/* An AF_UNIX socket of this type, close-on-exec and numbered 3 or higher.
+ * Ownership: the number returned is the caller's. */
+int plat_socket(int type);
+
 /* accept, the connection close-on-exec.
  * Ownership: borrows listener; the connection returned is the caller's. */
 int plat_accept(int listener);

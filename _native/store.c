@@ -214,9 +214,8 @@ static void sweep(long long now) {
 /* -- locks, and forks ------------------------------------------------------------------------------------------------------ */
 
 static void wake(void) {
-    /* A full pipe wakes as well. */
-    if (write(store.wake[1], "", 1) < 0)
-        return;
+    /* A full pair wakes as well. */
+    fdp_send(store.wake[1], "", 1, NULL, 0, MSG_DONTWAIT);
 }
 
 static void enter(void) {
@@ -422,6 +421,9 @@ static int accept_claimants(long long now) {
         one->fd = adopted;
         one->pid = pid;
         one->since = one->last = now;
+        /* Its request is here as a rule. Served now it needs no place among the kept, which a flood may take at once. */
+        if ((adopted = read_claim(one)) < 0)
+            drop(store.connected - 1, adopted == -1);
     }
     return 0;
 }
@@ -502,7 +504,7 @@ static void *serve(void *unused) {
             break;
         }
         if (polled[0].revents)
-            while (read(store.wake[0], drain, sizeof drain) == (ssize_t)sizeof drain)
+            while (recv(store.wake[0], drain, sizeof drain, MSG_DONTWAIT) == (ssize_t)sizeof drain)
                 continue;
         /* Backwards: dropping one moves the last into its place. */
         for (i = connected - 1; i >= 0; i--) {
@@ -521,27 +523,6 @@ static void *serve(void *unused) {
 
 /* -- the owner's side ------------------------------------------------------------------------------------------------------ */
 
-static int make_wake(void) {
-    int i, ends[2], result = 0;
-    if (pipe(ends) < 0)
-        return -errno;
-    for (i = 0; i < 2; i++) {
-        result = fdp_adopt(ends[i]);
-        if (result >= 0) {
-            ends[i] = result;
-            result = fcntl(ends[i], F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
-        }
-        if (result < 0) {
-            close(ends[0]);
-            close(ends[1]);
-            return result;
-        }
-    }
-    store.wake[0] = ends[0];
-    store.wake[1] = ends[1];
-    return 0;
-}
-
 int fdp_store_start(int listener, int lock) {
     sigset_t every, before;
     int result = 0;
@@ -554,7 +535,7 @@ int fdp_store_start(int listener, int lock) {
         store.hooked = 1;
     }
     clear();
-    if ((result = make_wake()) < 0)
+    if ((result = fdp_pair(SOCK_STREAM, store.wake)) < 0)
         goto out;
     take_reserve();
     store.listener = listener;

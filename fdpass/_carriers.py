@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from fdpass import _store, _syscall
+from fdpass import _claims, _store, _syscall
 from fdpass.ancillary import recv_fds, send_fds
 from fdpass.errors import TicketError
 from fdpass.fds import OwnedFd, _own, kind_of
@@ -55,7 +55,7 @@ def claim(token: Token) -> OwnedFd:
     """The descriptor behind a token, owned by the caller. Raises TicketError, PeerRefusedError, DescriptorsLostError, OSError."""
     kind, *rest = token
     if kind == "ticket":
-        return _store.claim(*rest)
+        return _claims.claim(*rest)
     if kind == "frame":
         owners = incoming.get()
         if owners is None:

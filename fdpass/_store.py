@@ -1,6 +1,6 @@
-"""Descriptors kept until they are claimed: this process's store, and the connections over which it claims from others' stores.
+"""Descriptors kept until they are claimed: this process's store, its folder and settings, the words of its errors, its end.
 
-A thread in C serves the claims (_native/store.c); here are its folder, the words of its errors, its end. Pickles are not known here.
+A thread in C serves the claims (_native/store.c). How one claims is _claims.py's; pickles are not known here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import stat
 import sys
 import threading
-import weakref
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
@@ -22,9 +21,9 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from fdpass import _syscall
-from fdpass.errors import DescriptorsLostError, PeerRefusedError, TicketError
-from fdpass.fds import OwnedFd, kind_of
-from fdpass.limits import lost_reason, raise_fd_limit, soft_limit
+from fdpass.errors import TicketError
+from fdpass.fds import kind_of
+from fdpass.limits import raise_fd_limit, soft_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 #: path of the socket, pid and uid of the owner, the boot of the machine it runs on.
 Address = tuple[str, int, int, str]
 
-#: How long a claim waits for its owner, in seconds. The owner's thread answers at once unless the whole process is stopped.
-PATIENCE = 20.0
-#: Connections to owners that are kept between claims.
-KEPT = 16
 PREFIX = "fdpass-store-"
 #: sun_path has 108 bytes on Linux and 104 elsewhere, one of them the closing zero.
 _SUN_PATH = 100
@@ -105,7 +100,7 @@ def configure(wanted: Settings) -> None:
     _settings = wanted
 
 
-# -- the owner's side ----------------------------------------------------------------------------------------------------------
+# -- tickets, and the life of the store ----------------------------------------------------------------------------------------
 
 
 class _Folder:
@@ -141,7 +136,7 @@ class _Folder:
             self.remove()
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         try:
-            with _reachable(os.path.join(self.path, "s")) as path:
+            with reachable(os.path.join(self.path, "s")) as path:
                 sock.bind(path)
             sock.listen(128)
             # Nobody else holds this description: the thread accepts until there is nothing left.
@@ -167,6 +162,12 @@ class _Folder:
 
 _folder: _Folder | None = None
 _starting = threading.RLock()
+
+
+def is_ours(address: Address) -> bool:
+    """Whether this process's store, running, has this address."""
+    folder = _folder
+    return folder is not None and folder.address == address and folder.pid == os.getpid()
 
 
 def put(fd: int, what: str, claims: int = 1) -> tuple[Address, bytes]:
@@ -229,9 +230,17 @@ def _start() -> _Folder:
             else:
                 fresh.remove()
             folder = _folder
-        if folder.listener >= 0 and _syscall.store_start(folder.listener, folder.lock):
-            folder.given()
-            _end_with_the_process()
+        if folder.listener >= 0:
+            try:
+                started = _syscall.store_start(folder.listener, folder.lock)
+            except OSError:
+                if folder is _folder and folder.listener >= 0:
+                    _folder = None
+                    folder.remove()
+                raise
+            if started:
+                folder.given()
+                _end_with_the_process()
         return folder
 
 
@@ -273,10 +282,12 @@ def linger_and_stop() -> None:
         return
     deadline = monotonic() + _settings.linger
     step = 0.0005
-    while _syscall.store_count().unclaimed and monotonic() < deadline:
-        sleep(step)
-        step = min(2 * step, 0.05)
-    stop()
+    try:
+        while _syscall.store_count().unclaimed and monotonic() < deadline:
+            sleep(step)
+            step = min(2 * step, 0.05)
+    finally:  # Ctrl-C ends the wait, and leaves nothing behind either
+        stop()
 
 
 def _end_with_the_process() -> None:
@@ -290,7 +301,6 @@ def _forked() -> None:
     global _folder, _starting
     _folder = None
     _starting = threading.RLock()
-    close_connections()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -312,7 +322,7 @@ def _base() -> str:
 
 
 @contextmanager
-def _reachable(path: str) -> Iterator[str]:
+def reachable(path: str) -> Iterator[str]:
     """A name for the socket that fits into sun_path."""
     if len(os.fsencode(path)) <= _SUN_PATH or sys.platform != "linux":
         yield path
@@ -369,232 +379,3 @@ def _boot_id() -> str:
 
 #: What tells this host, since it was started, from every other. Read now: later there may be no number free to read it with.
 BOOT = _boot_id()
-
-
-# -- the claimant's side -------------------------------------------------------------------------------------------------------
-
-
-class _Connection:
-    """A connection to an owner. Whoever took it out of `_kept` has it alone; forgotten, it closes."""
-
-    __slots__ = ("__weakref__", "fd")
-
-    def __init__(self, path: str) -> None:
-        self.fd = -1
-        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        try:
-            with _reachable(path) as name:
-                _connect(sock, name)
-            self.fd = sock.detach()
-        finally:
-            sock.close()
-        self.fd = _raised(self.fd)
-        _all.add(self)
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        self.close()
-
-
-#: By the owner's socket, the last used last.
-_kept: dict[str, list[_Connection]] = {}
-_all: weakref.WeakSet[_Connection] = weakref.WeakSet()
-
-
-def close_connections() -> None:
-    """Closes every connection to an owner; the next claim makes a new one."""
-    _kept.clear()
-    for connection in list(_all):
-        connection.close()
-    _all.clear()
-
-
-def _connect(sock: _socket.socket, name: str) -> None:
-    # Never for ever: a stopped owner's backlog may be full.
-    sock.settimeout(PATIENCE)
-    sock.connect(name)
-    sock.settimeout(None)
-
-
-def _keep(path: str, connection: _Connection) -> None:
-    waiting = _kept.pop(path, [])
-    # As many as claimed at once, but not more than two are kept for one owner.
-    if len(waiting) < 2:
-        waiting.append(connection)
-    _kept[path] = waiting
-    while len(_kept) > KEPT:
-        try:
-            del _kept[next(iter(_kept))]
-        except (StopIteration, RuntimeError, KeyError):  # another thread was there first
-            break
-
-
-_claims: list[_syscall.Claim] = []
-_FD = _syscall.CLAIM_FD
-
-
-def claim(address: Address, ticket: bytes) -> OwnedFd:
-    """The descriptor behind a ticket, owned by the caller.
-
-    Raises TicketError (claimed, expired, withdrawn, unknown; owner gone, on another host, not answering), PeerRefusedError (another
-    uid here, or in the owner's place), DescriptorsLostError (no free number: the ticket is untouched unless another thread took the
-    last one), OSError.
-    """
-    try:
-        scratch = _claims.pop()
-    except IndexError:
-        scratch = _syscall.Claim()
-    scratch.prepare(ticket)
-    folder = _folder
-    if folder is not None and folder.address == address and folder.pid == os.getpid():
-        code = scratch.take()
-        if code < 0:
-            _no_number(code)
-    else:
-        _ask(address, scratch)
-    if scratch.ints[_FD] < 0:
-        status, pid = scratch.status, scratch.pid
-        _claims.append(scratch)
-        _refused(status, pid, address)
-    owned = OwnedFd.__new__(OwnedFd)
-    # No call between these two lines: see _syscall.Scratch.
-    owned._fd = scratch.ints[_FD]
-    scratch.ints[_FD] = -1
-    _claims.append(scratch)
-    return owned
-
-
-def _ask(address: Address, scratch: _syscall.Claim) -> None:
-    path, pid, _, where = address
-    deadline = monotonic() + PATIENCE
-    pause = 0.001
-    fresh = 0
-    while True:
-        try:
-            connection = _kept[path].pop()
-        except (KeyError, IndexError):
-            if where != BOOT:
-                raise TicketError(
-                    f"this descriptor was pickled on another host, or before this one was started again (pid {pid} there): "
-                    "descriptors do not leave their host"
-                ) from None
-            connection = _reach(address)
-            fresh += 1
-        code = scratch.run(connection.fd, deadline)
-        if code == 0 and scratch.status != _syscall.BUSY:
-            if scratch.status == _syscall.REFUSED:
-                connection.close()
-            else:
-                _keep(path, connection)
-            return
-        if code == 0:
-            _keep(path, connection)
-            if monotonic() + pause >= deadline:
-                raise OSError(
-                    errno.ETOOMANYREFS,
-                    f"too many descriptors of this user are in flight between processes (ETOOMANYREFS; RLIMIT_NOFILE of the owner, "
-                    f"pid {pid}, is the limit): this one could not be sent within {PATIENCE:g} s",
-                )
-            sleep(pause)
-            pause = min(2 * pause, 0.05)
-            scratch.claim.stage = 0
-            continue
-        connection.close()
-        scratch.claim.stage = 0
-        # A kept connection that the owner dropped meanwhile, or lost to a flood: nothing was given over it.
-        if code in (-errno.EPIPE, -errno.ECONNRESET, -errno.EBADF) and fresh < 4:
-            continue
-        if code == -errno.ETIMEDOUT:
-            raise TicketError(f"the owner of this descriptor (pid {pid}) did not answer within {PATIENCE:g} s: is it stopped?")
-        if code == -errno.EPROTO:
-            raise TicketError(f"what answers for pid {pid} at {path} does not speak this version of the claim protocol")
-        if code in (-errno.EPIPE, -errno.ECONNRESET):
-            raise TicketError(f"the owner of this descriptor (pid {pid}) went away while it was asked, or drops every connection")
-        _no_number(code)
-
-
-def _reach(address: Address) -> _Connection:
-    path, pid, uid, _ = address
-    try:
-        connection = _Connection(path)
-    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
-        if uid == os.geteuid() and _alive(pid):
-            text = (
-                f"the store that kept this descriptor is not there any more: its owner (pid {pid}) has closed it, is about to exit, "
-                f"or lives where {path} is another place (a container)"
-            )
-        else:
-            text = f"the owner of this descriptor (pid {pid}) is gone, and the descriptor with it"
-        raise TicketError(text) from None
-    except PermissionError:
-        raise PeerRefusedError(
-            f"this descriptor was pickled by uid {uid} (pid {pid}), whose store uid {os.geteuid()} may not open"
-        ) from None
-    except TimeoutError:
-        raise TicketError(f"the owner of this descriptor (pid {pid}) does not accept connections: is it stopped?") from None
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            _no_number(-error.errno)
-        if error.errno == errno.EAGAIN:
-            raise TicketError(f"the owner of this descriptor (pid {pid}) has a full backlog: is it stopped?") from None
-        raise
-    # Before the ticket is shown: once an owner has ended, others may make a folder and a socket of the same name.
-    found = _syscall.peer_uid(connection.fd)
-    if found != uid:
-        connection.close()
-        who = "a user that the kernel does not name" if found == _syscall.NOBODY else f"uid {found}"
-        raise PeerRefusedError(
-            f"this descriptor was pickled by uid {uid} (pid {pid}), but {who} listens at {path} now: nothing was asked of it"
-        )
-    return connection
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _no_number(code: int) -> NoReturn:
-    if code not in (-errno.EMFILE, -errno.ENFILE):
-        _syscall.fail(code, "claiming a pickled descriptor")
-    limit = soft_limit() if code == -errno.EMFILE else None
-    table = f"this process's table is full (RLIMIT_NOFILE is {limit})" if limit is not None else "the system's table of open files is full"
-    raise DescriptorsLostError(
-        f"a pickled descriptor cannot be loaded: needed 1 free number, got 0: {table}. "
-        "Its ticket is untouched: close something and load again",
-        1, 0, limit, b"", -code,
-    )  # fmt: skip
-
-
-def _refused(status: int, pid: int, address: Address) -> NoReturn:
-    owner, uid = address[1], address[2]
-    if status == _syscall.GIVEN:
-        reason, limit, number = lost_reason()
-        raise DescriptorsLostError(
-            f"a pickled descriptor was lost on its way: needed 1 free number, got 0: {reason}; its ticket is used", 1, 0, limit, b"", number
-        )
-    if status == _syscall.CLAIMED:
-        by = f"pid {pid}" if pid else "another process"
-        you = " (this process)" if pid == os.getpid() else ""
-        raise TicketError(
-            f"this pickled descriptor was claimed already, by {by}{you}: a pickle is loaded once, "
-            "unless it was made with SocketHandle(sock, claims=n)"
-        )
-    if status == _syscall.EXPIRED:
-        raise TicketError(f"this pickled descriptor has expired: nobody loaded it within the ttl that its owner (pid {owner}) had set")
-    if status == _syscall.WITHDRAWN:
-        raise TicketError(f"this pickled descriptor was withdrawn: the pickling in its owner (pid {owner}) failed or was given up")
-    if status == _syscall.REFUSED:
-        raise PeerRefusedError(f"this descriptor was pickled by uid {uid} (pid {owner}), which gives nothing to uid {os.geteuid()}")
-    raise TicketError(
-        f"its owner (pid {owner}) does not know this ticket: it was claimed or expired long ago, or its store ended and began anew"
-    )

@@ -230,6 +230,10 @@ UNKNOWN, REFUSED, BUSY = lib.FDP_UNKNOWN, lib.FDP_REFUSED, lib.FDP_BUSY
 CLAIM_FD = ffi.offsetof("fdp_claim", "fd") // 4
 
 
+def _ms_until(deadline: float) -> int:
+    return max(0, int((deadline - monotonic()) * 1000 + 0.999))
+
+
 class Claim:
     """What one claim needs in memory, reused. Whoever drops it in the middle closes what it holds. See Scratch for the numbers."""
 
@@ -249,7 +253,7 @@ class Claim:
     def run(self, sock: int, deadline: float) -> int:
         """Asks over a connection; returns 0 or -errno, as fdp_claim_run. deadline: time.monotonic() seconds."""
         while True:
-            code: int = lib.fdp_claim_run(sock, self.claim, max(0, int((deadline - monotonic()) * 1000 + 0.999)))
+            code: int = lib.fdp_claim_run(sock, self.claim, _ms_until(deadline))
             if code != _EINTR:
                 return code
 
@@ -276,6 +280,36 @@ NOBODY: int = lib.FDP_NOBODY
 _uid = ffi.typeof("unsigned int[1]")
 
 
+class Connection:
+    """A connection to an owner of tickets. The number lives in memory of C's: whatever a signal handler raises, it is not lost."""
+
+    __slots__ = ("__weakref__", "_place")
+
+    def __init__(self) -> None:
+        self._place: Any = ffi.gc(ffi.new("int *", -1), lib.fdp_claim_leave)
+
+    @property
+    def fd(self) -> int:
+        """The number, -1 when closed. Borrowed."""
+        fd: int = self._place[0]
+        return fd
+
+    def open(self, path: bytes, deadline: float) -> int:
+        """Connects; returns 0 or -errno, as fdp_claim_open. deadline: time.monotonic() seconds."""
+        while True:
+            code: int = lib.fdp_claim_open(path, _ms_until(deadline), self._place)
+            if code != _EINTR:
+                return code
+
+    def close(self) -> None:
+        """Again does nothing."""
+        lib.fdp_claim_leave(self._place)
+
+    def forget(self) -> None:
+        """In a forked child: C has closed it, and the number may be another's."""
+        self._place[0] = -1
+
+
 def peer_uid(sock: int) -> int:
     """The effective uid of whoever listens where sock is connected to, or NOBODY. Raises OSError."""
     uid = ffi.new(_uid)
@@ -294,7 +328,7 @@ def store_start(listener: int, lock: int) -> bool:
     """Starts the thread of the store. True: it has taken both descriptors; False: one was running. Raises OSError."""
     code: int = lib.fdp_store_start(listener, lock)
     if code < 0:
-        fail(code, "starting the store of descriptors")
+        fail(code, "starting the thread that keeps pickled descriptors")
     return bool(code)
 
 

@@ -14,7 +14,7 @@ import sys
 
 import fdpass
 import fdpass.handles  # with a full table nothing can be imported any more
-from fdpass import _store
+from fdpass import _claims, _store
 
 
 class Process:
@@ -25,8 +25,15 @@ class Process:
         self.pid = self.popen.pid
 
     def __call__(self, name, *args):
+        self.begin(name, *args)
+        return self.answer()
+
+    def begin(self, name, *args):
+        """Gives the order and does not wait; answer() does."""
         pickle.dump((name, args), self.popen.stdin)
         self.popen.stdin.flush()
+
+    def answer(self):
         return pickle.load(self.popen.stdout)
 
     def end(self, signal=None):
@@ -179,8 +186,12 @@ def give_back():
         os.close(_eaten.pop())  # noqa: F821
 
 
+def set_patience(seconds):
+    _claims.PATIENCE = seconds
+
+
 def close_connections():
-    _store.close_connections()
+    _claims.close_connections()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fdpass import _store
+from fdpass import _claims, _store
 
 # No deadline: a test asserts no timing. No database: a test leaves no file. The balance fixture spans all examples of a test, as it should.
 settings.register_profile("fdpass", deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -120,7 +120,7 @@ def store() -> Iterator[ModuleType]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield _store
     _store.stop()
-    _store.close_connections()
+    _claims.close_connections()
     _store.configure(_store.Settings())
     # The first ticket raised it.
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -258,6 +259,12 @@ def test_an_item_for_which_no_number_is_free_reaches_the_receiver_and_warns_the_
         own_queue.get(timeout=60).close()
 
 
+def test_an_ssl_socket_in_a_queue_reaches_the_receiver_and_warns_the_sender(store, as_found, unix_pair, own_queue):
+    context = ssl.create_default_context()
+    with context.wrap_socket(unix_pair[0], do_handshake_on_connect=False, server_hostname="x") as wrapped, fdpass.registered():
+        own_queue_loses(own_queue, wrapped, r"an item with a SSLSocket .* an SSLSocket cannot be passed: .*Pass the plain socket before")
+
+
 def test_a_full_store_is_still_an_error_where_somebody_waits_for_the_pickling(store, as_found, unix_pair):
     context = multiprocessing.get_context("spawn")
     left, right = multiprocessing.Pipe()
@@ -333,6 +340,65 @@ def test_twice_is_once_and_unregister_restores_exactly(as_found):
             assert places() == once
         assert places() == once
     assert places() == as_found
+
+
+def test_again_changes_the_settings_and_a_wrong_one_changes_nothing(store, as_found, unix_pair):
+    fdpass.register(max_unclaimed=1)
+    fdpass.register(max_unclaimed=2, ttl=0.0, linger=3)
+    assert store.settings() == (2, 0.0, 3)
+    for wrong, error in (({"ttl": "1"}, TypeError), ({"linger": -1}, ValueError)):
+        with pytest.raises(error):
+            fdpass.register(max_unclaimed=5, **wrong)
+    assert store.settings() == (2, 0.0, 3)
+    raw = ForkingPickler.dumps(unix_pair[0])
+    fdpass.register()
+    assert store.settings() == (None, None, 2.0)
+    # The time of a ticket is that of the settings it was made under.
+    with pytest.raises(fdpass.TicketError, match="has expired"):
+        pickle.loads(raw)
+    fdpass.unregister()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="the documentation speaks of 3.11 to 3.13")
+def test_ctx_reducer_is_what_the_documentation_says(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("""
+import multiprocessing, sys, types
+from multiprocessing import connection, context, heap, queues, reduction
+class Own(reduction.AbstractReducer): pass
+def nothing(): pass
+def tell(pipe): pipe.send(context.reduction.__name__)
+if __name__ == "__main__":
+    module = types.ModuleType("module")
+    vars(module).update({name: value for name, value in vars(reduction).items() if not name.startswith("__")})
+    own = {"instance": Own(), "class": Own, "module": module}[sys.argv[2]]
+    chosen = multiprocessing.get_context(sys.argv[1])
+    chosen.reducer = own
+    assert multiprocessing.get_context("fork").reducer is own
+    assert connection.reduction is heap.reduction is reduction
+    try:
+        process = chosen.Process(target=nothing)
+        process.start()
+    except (TypeError, AttributeError) as error:
+        print(error)
+    else:
+        process.join()
+        near, far = chosen.Pipe()
+        process = chosen.Process(target=tell, args=(far,))
+        process.start()
+        print("child:", near.recv())
+        process.join()
+""")
+    said = {}
+    for method in ("spawn", "forkserver"):
+        for what in ("instance", "class", "module"):
+            done = subprocess.run([sys.executable, str(program), method, what], capture_output=True, text=True, check=True)
+            said[method, what] = done.stdout
+    assert "cannot be interpreted as an integer" in said["spawn", "instance"]
+    assert "has no attribute 'HAVE_SEND_HANDLE'" in said["forkserver", "instance"]
+    assert "has no attribute 'HAVE_SEND_HANDLE'" in said["forkserver", "class"]
+    for works in (("spawn", "class"), ("spawn", "module"), ("forkserver", "module")):
+        assert said[works] == "child: multiprocessing.reduction\n"
 
 
 def test_settings_inside_registered_change_back(as_found):
