@@ -5,6 +5,8 @@ What is put there, and taken away exactly: two methods of ForkingPickler, DupFd,
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 import warnings
@@ -16,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import fdpass.handles  # noqa: F401  (the reducers themselves)
 from fdpass import _carriers, _store, _syscall
-from fdpass.errors import ClosedError, TicketError
+from fdpass.errors import ClosedError, DescriptorsLostError, TicketError
 from fdpass.fds import OwnedFd, _own
+from fdpass.limits import soft_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,7 +98,7 @@ def _override(pickler: ForkingPickler, obj: Any) -> Any:
         return NotImplemented
     try:
         return reducer(obj)
-    except (ValueError, ClosedError, TicketError, OSError) as error:
+    except (TypeError, ValueError, ClosedError, TicketError, OSError) as error:
         late = isinstance(error, (ValueError, ClosedError)) and _closed(obj)
         where, reports = _pickling_thread()
         if where == "queue" and not reports:
@@ -159,7 +162,11 @@ class _Duplicate:
     def detach(self) -> int:
         """The number, which is the caller's to close. Raises TicketError, ClosedError, DescriptorsLostError, OSError."""
         if self._token is not None:
-            return _carriers.claim(self._token).release()
+            spare = _spare_number()
+            try:
+                return _carriers.claim(self._token).release()
+            finally:
+                os.close(spare)
         owned, self._owned = self._owned, None
         if owned is None:
             raise ClosedError("this duplicate was detached already")
@@ -175,6 +182,30 @@ def _arrived(token: _carriers.Token) -> _Duplicate:
     duplicate = _Duplicate.__new__(_Duplicate)
     duplicate._token, duplicate._owned = token, None
     return duplicate
+
+
+def _spare_number() -> int:
+    """A number to be given back right after a claim: for the duplicate that whoever detaches makes at once, as torch does of each
+    tensor's memory. Without one it would fail there with a used ticket, here it fails with an untouched one."""
+    taken: list[int] = []
+    try:
+        taken.append(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
+        # A second one, for the claim itself.
+        os.close(os.dup(taken[0]))
+    except OSError as error:
+        got = len(taken)
+        if got:
+            os.close(taken[0])
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit = soft_limit() if error.errno == errno.EMFILE else None
+        full = "the system's table of open files is full" if limit is None else f"this process's table is full (RLIMIT_NOFILE is {limit})"
+        raise DescriptorsLostError(
+            f"a pickled descriptor cannot be loaded: needed 2 free numbers (one for the duplicate that its user makes), got {got}: {full}. "
+            "Its ticket is untouched: close something and load again",
+            2, got, limit, b"", error.errno,
+        ) from None  # fmt: skip
+    return taken[0]
 
 
 def _preparation_over(before: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
