@@ -20,6 +20,7 @@ FLOORS = [
     {"fdpass.fds"},
     {"fdpass.limits", "fdpass._board"},
     {"fdpass.ancillary", "fdpass._store"},
+    {"fdpass._claims"},
     {"fdpass._carriers", "fdpass.start", "fdpass.endpoint"},
     {"fdpass.handles"},
     {"fdpass.channel"},
@@ -33,10 +34,10 @@ FLOORS = [
     {"fdpass_bench", "fdpass_bench._loadgen"},
     {
         f"fdpass_bench.{name}"
-        for name in ("answer", "estimate", "loadgen", "measure", "peers", "peer_apps.application", "sockdiag", "theory")
+        for name in ("answer", "contenders", "estimate", "loadgen", "measure", "peers", "peer_apps.application", "sockdiag", "theory")
     },
     {"fdpass_bench.clients"},
-    {"fdpass_bench.balance"},
+    {"fdpass_bench.balance", "fdpass_bench.price"},
     {"fdpass_bench.steady", "fdpass_bench.serve"},
     {"fdpass_bench.figures"},
     {"fdpass_bench.report"},

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ import click
 if TYPE_CHECKING:
     from fdpass_bench.balance import Plan, Run, Strategy
     from fdpass_bench.peers import Target
+    from fdpass_bench.price import Plan as PricePlan
     from fdpass_bench.steady import Server, Trial, Work
 
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
+_PRICES = ("carriers", "starts", "descriptors", "outstanding", "receivers")
 _DEMONSTRATION = ("shared", "reuseport", "reuseport-bare")
 
 
@@ -71,6 +74,9 @@ class _Number(click.FloatRange):
         return number
 
 
+_json = click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the figures to it; - is standard output."
+)
 _workers = click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="How many worker processes.")
 
 
@@ -117,9 +123,7 @@ def command(ctx: click.Context) -> int:
     default=None,
     help="How many in each run.  [default: 60 idle, 400 burst, 200 kill, 4000 steady or those of 6 s]",
 )
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the figures to it; - is standard output."
-)
+@_json
 @click.option(
     "--service-ms",
     type=_Number(0, 10000),
@@ -207,14 +211,88 @@ def balance(
             strategies = [] if targets and not peers else strategies[:2]
         work = _work(workers, connections, service, time_limit, bool(targets), **steady)
         servers = _servers(work, strategies, peers, targets)
-    if json_file not in (None, "-"):
-        # An answer that cannot be written is found out before the minute of measuring.
-        try:
-            with open(str(json_file), "a"):
-                pass
-        except OSError as error:
-            raise click.UsageError(f"cannot write {json_file}: {error.strerror}") from error
+    _refuse_unwritable(json_file)
     return _measure(plans, json_file, work, servers)
+
+
+def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Parameter, Sequence[str]], list[str]]:
+    """A callback for an option that may come several times, each with several values between commas."""
+
+    def parse(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> list[str]:
+        names = list(dict.fromkeys(name.strip() for text in texts for name in text.split(",")))
+        for name in names:
+            if name not in allowed:
+                raise click.BadParameter(f"there is no {kind} {name!r}; there are {', '.join(allowed)}", ctx, param)
+        return names
+
+    return parse
+
+
+@command.command("pass", short_help="Measure what passing a descriptor costs.")
+@click.option(
+    "--what",
+    metavar="LIST",
+    multiple=True,
+    callback=_of("comparison", _PRICES),
+    help=f"Of {', '.join(_PRICES)}.  [default: all]",
+)
+@click.option(
+    "--start-method",
+    "methods",
+    metavar="LIST",
+    multiple=True,
+    callback=_of("start method", multiprocessing.get_all_start_methods()),
+    help=f"starts: of {', '.join(multiprocessing.get_all_start_methods())}.  [default: all]",
+)
+@click.option("--sender", type=click.Choice(["idle", "busy", "both"]), default=None, help="carriers: what it does.  [default: both]")
+@click.option("--count", type=click.IntRange(1, 10000), default=None, help="Operations of each side in a round.  [default: by comparison]")
+@click.option("--repeats", type=click.IntRange(1, 1000), default=6, show_default=True, help="Rounds, in ABBA order.")
+@click.option(
+    "--tickets",
+    type=click.IntRange(0, 10_000_000),
+    default=None,
+    help="outstanding: made and claimed, to see what grows.  [default: 100000]",
+)
+@_json
+@click.pass_context
+def pass_(
+    ctx: click.Context,
+    /,
+    what: list[str],
+    methods: list[str],
+    sender: str | None,
+    count: int | None,
+    repeats: int,
+    tickets: int | None,
+    json_file: str | None,
+) -> int:
+    """Measures what passing a descriptor costs, with fdpass, the standard library and C in turns.
+
+    \b
+    carriers     a socket by ticket, queue, connection and channel, from a
+                 sender that idles and from one that computes in Python
+    starts       a socket as argument of a process, by start method
+    descriptors  one message with 1 to 1000 descriptors
+    outstanding  a claim while 1 to 10000 tickets are unclaimed; many tickets
+                 made and claimed, and made and never claimed
+    receivers    1 to 8 that claim from one owner at once
+
+    The exit status is 1 when something could not be measured.
+
+    \b
+    Examples:
+      fdpass-bench pass
+      fdpass-bench pass --what carriers --sender busy --repeats 20
+      fdpass-bench pass --what starts --start-method spawn --json spawn.json
+    """
+    for name, value, where in (("start-method", methods, "starts"), ("sender", sender, "carriers"), ("tickets", tickets, "outstanding")):
+        if value not in (None, []) and what and where not in what:
+            raise click.UsageError(f"--{name} belongs to --what {where}")
+    from fdpass_bench.price import Plan as PricePlan
+
+    senders = ["idle", "busy"] if sender in (None, "both") else [str(sender)]
+    _refuse_unwritable(json_file)
+    return _price(PricePlan(what or list(_PRICES), methods, senders, count, repeats, 100_000 if tickets is None else tickets), json_file)
 
 
 @command.command(short_help="Answer HTTP requests with the worker's index.")
@@ -392,21 +470,59 @@ def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = N
         # Interrupted before its turn, steady has nothing to show.
         study = figures.study(work, servers, trials, calibration) if work is not None and (trials or not runs) else None
         report.show(runs, study, sys.stderr if json_file == "-" else sys.stdout)
-        if json_file is not None:
-            text = json.dumps(report.as_json(runs, study, began, bool(interrupted)), indent=2) + "\n"
-            if json_file == "-":
-                sys.stdout.write(text)
-            else:
-                try:
-                    with open(json_file, "w", encoding="utf-8") as file:
-                        file.write(text)
-                except OSError as error:
-                    raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from error
+        _write(json_file, report.as_json(runs, study, began, bool(interrupted)))
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
             print(f"fdpass-bench: interrupted; {len(runs) + len(trials)} of {len(counts)} runs were measured.", file=sys.stderr)
             return 128 + interrupted
     return 0 if all(run.valid for run in runs) and (study is None or study.valid) else 1
+
+
+def _price(plan: PricePlan, json_file: str | None) -> int:
+    from fdpass_bench import price, report
+
+    began = time.time()
+    found = price.Found(plan)
+    counts = [plan.repeats] * len(price.comparisons(plan))
+    interrupted = 0
+    with _interruptible() as signals:
+        try:
+            with report.ProgressBar(counts) as progress:
+                price.measure(found, progress.follow, progress.over)
+            signals.noted_only = True
+        except KeyboardInterrupt:
+            interrupted = signals.seen[0] if signals.seen else signal.SIGINT
+        report.show_prices(found, sys.stderr if json_file == "-" else sys.stdout)
+        _write(json_file, report.prices_as_json(found, began, bool(interrupted)))
+        interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
+        if interrupted:
+            print(f"fdpass-bench: interrupted; {found.over} of {len(counts)} comparisons were measured.", file=sys.stderr)
+            return 128 + interrupted
+    return 0 if found.complete else 1
+
+
+def _refuse_unwritable(json_file: str | None) -> None:
+    """An answer that cannot be written is found out before the minute of measuring."""
+    if json_file not in (None, "-"):
+        try:
+            with open(str(json_file), "a"):
+                pass
+        except OSError as error:
+            raise click.UsageError(f"cannot write {json_file}: {error.strerror}") from error
+
+
+def _write(json_file: str | None, found: dict[str, Any]) -> None:
+    if json_file is None:
+        return
+    text = json.dumps(found, indent=2) + "\n"
+    if json_file == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with open(json_file, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from error
 
 
 class _Signals:

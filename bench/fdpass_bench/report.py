@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 from typing import IO, Any
 
 import psutil
@@ -17,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fdpass
-from fdpass_bench import estimate, measure
+from fdpass_bench import contenders, estimate, measure, price
 from fdpass_bench.balance import SCENARIOS, Run
 from fdpass_bench.clients import OUTCOMES
 from fdpass_bench.figures import Study
@@ -310,7 +312,136 @@ def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+# Prices
+
+_PRICES = {
+    "carriers": "carriers: one socket by each carrier, against the standard library",
+    "starts": "starts: what a socket among its arguments adds to the start of a process",
+    "descriptors": "descriptors: one message with so many, for each descriptor",
+    "outstanding": "outstanding: a claim while so many tickets are unclaimed",
+    "receivers": "receivers: so many claim from one owner at once",
+}
+_SHORT = {contenders.STANDARD: "stdlib", "1 unclaimed": "1", "no difference that this run can show": "no difference"}
+_ASKED = (
+    "Loading: the pickles were made ahead. Connection, Channel and Queue: asked for one at a time, with the sender's pickling, which "
+    "needs the GIL."
+)
+
+
+def show_prices(found: price.Found, stream: IO[str]) -> None:
+    out = console(stream)
+    for what, rows in groupby(found.rows, attrgetter("what")):
+        out.print(_PRICES[what], style="bold")
+        out.print(_prices(list(rows)), "")
+        if what == "carriers":
+            out.print(_ASKED, "")
+    for reason, rows in groupby([row for row in found.rows if row.reason], attrgetter("reason")):
+        same = list(rows)
+        out.print(f"{_and([row.name for row in same])}: {same[0].verdict}: {reason}.")
+    for one in found.findings:
+        out.print(f"{one.sentence[0].upper()}{one.sentence[1:]}.")
+    if found.load_before > (cpus := len(os.sched_getaffinity(0))) / 2:
+        out.print(
+            f"This machine was not quiet: a load average of {found.load_before:.1f} on {cpus} processors before it began. "
+            "What a busy sender costs depends on it."
+        )
+    out.print(price_verdict(found))
+
+
+def _prices(rows: Sequence[price.Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 0)
+    table.pad_edge = False
+    table.add_column("", overflow="fold", min_width=19)
+    _columns(table, "fdpass\np50", "\np99")
+    table.add_column("against", no_wrap=True)
+    _columns(table, "\np50", "\np99")
+    table.add_column("fdpass is", no_wrap=True, min_width=16)
+    for row in rows:
+        others = _SHORT.get(row.other.name, row.other.name) if row.other else ""
+        verdict = _SHORT.get(row.verdict, row.verdict) + (f"\n({row.interval})" if row.interval else "")
+        table.add_row(row.name, *_paid(row, row.ours), others, *_paid(row, row.other), verdict, style="" if row.ours else "dim")
+    return table
+
+
+def _paid(row: price.Row, side: price.Side | None) -> tuple[str, str]:
+    if side is None:
+        return ("-" if side is row.ours else ""), ""
+    if row.unit == "claims_per_s":
+        return f"{1 / side.p50:.0f}/s", ""
+    return _microseconds(side.p50), _microseconds(side.p99)
+
+
+def _microseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    number, unit = (seconds * 1e3, "ms") if abs(seconds) >= 0.9995e-3 else (seconds * 1e6, "us")
+    # Below 10 to two places, which is as much as a clock can tell.
+    return f"{round(number, 2) + 0.0:.2f} {unit}" if abs(number) < 9.995 else f"{number:#.3g}".rstrip(".") + f" {unit}"
+
+
+def price_verdict(found: price.Found) -> str:
+    """One or two sentences, from what was measured alone."""
+    measured = [row for row in found.rows if row.ours is not None]
+    parts = [f"{row.name}: {row.verdict}" for row in measured if row.what == "carriers" and row.name.startswith("loading")]
+    claims = [row for row in measured if row.what == "outstanding"]
+    if len(claims) > 1 and claims[0].ours and claims[-1].ours:
+        first, last = claims[0].ours, claims[-1].ours
+        parts.append(f"{claims[-1].name}: {_microseconds(last.p50)} against {_microseconds(first.p50)} with {first.name}")
+    if not parts:
+        parts = [f"{row.name}: {row.sentence}" for row in measured if row.other][-1:]
+    left = sum(row.failed for row in found.rows) + sum(one.failed for one in found.findings)
+    if left:
+        parts.append(f"{left} could not be measured")
+    sentence = "; ".join(parts) + "." if parts else "Nothing was measured."
+    return sentence[0].upper() + sentence[1:]
+
+
 # JSON
+
+
+def prices_as_json(found: price.Found, began: float, interrupted: bool) -> dict[str, Any]:
+    """`began`: seconds since the epoch."""
+    return {
+        "schema": 1,
+        "environment": _environment(began, interrupted),
+        "parameters": asdict(found.plan) | {"load_average_before": round(found.load_before, 2)},
+        "rows": [_price_json(row) for row in found.rows],
+        "findings": [{"name": one.name, **one.figures, "sentence": one.sentence, "valid": not one.failed} for one in found.findings],
+        "verdict": price_verdict(found),
+    }
+
+
+def _price_json(row: price.Row) -> dict[str, Any]:
+    ratio = row.times_faster
+    known = ratio is not None and ratio.low is not None and ratio.high is not None
+    return {
+        "what": row.what,
+        "name": row.name,
+        **row.condition,
+        "fdpass": _side_json(row, row.ours),
+        "other": _side_json(row, row.other),
+        "times_faster": round(ratio.mean, 4) if ratio else None,
+        "times_faster_ci": [round(ratio.low or 0, 4), round(ratio.high or 0, 4)] if ratio and known else None,
+        "sentence": row.sentence,
+        "valid": row.reason is None,
+        "invalid_reason": row.reason,
+    }
+
+
+def _side_json(row: price.Row, side: price.Side | None) -> dict[str, Any] | None:
+    if side is None:
+        return None
+    found: dict[str, Any] = {"name": side.name, "rounds": len(side.rounds), "values": len(side.values)}
+    if row.unit == "claims_per_s":
+        return found | {"claims_per_s": round(1 / side.p50, 1), "claims_per_s_of_rounds": [round(1 / one, 1) for one in side.medians]}
+    of = row.unit.removeprefix("us")
+    p99 = side.p99
+    return found | {
+        f"p50_us{of}": round(side.p50 * 1e6, 4),
+        f"p99_us{of}": None if p99 is None else round(p99 * 1e6, 4),
+        f"p50_us{of}_of_rounds": [round(one * 1e6, 4) for one in side.medians],
+    }
 
 
 def as_json(runs: Iterable[Run], study: Study | None, began: float, interrupted: bool) -> dict[str, Any]:

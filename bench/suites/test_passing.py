@@ -5,19 +5,18 @@ Run with: pytest bench/suites   (needs cc; the table of ratios is at the end; --
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-import shutil
 import socket
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import pytest
+from fdpass_bench.contenders import InC, compile_program
 
 import fdpass
 
@@ -26,82 +25,6 @@ WARM_UP = 20
 #: Operations in a round, so that one takes about a millisecond.
 OPERATIONS = {1: 150, 253: 8}
 IMPORT_ROUNDS = 41
-
-#: The same work in C. It reads how many operations to do, one number a line, and answers with the nanoseconds that they took.
-PROGRAM = r"""
-#define _GNU_SOURCE 1
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
-
-enum { MOST = 253 };
-static int ends[2], fds[MOST], count;
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
-
-static void there_and_back(void) {
-    union {
-        struct cmsghdr align;
-        char bytes[CMSG_SPACE(MOST * sizeof(int))];
-    } control;
-    char byte = 'x';
-    struct iovec part = {&byte, 1};
-    struct msghdr message;
-    struct cmsghdr *rights;
-    size_t size = (size_t)count * sizeof(int), i;
-    int received[MOST];
-
-    memset(&message, 0, sizeof message);
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.bytes;
-    message.msg_controllen = CMSG_SPACE(size);
-    memset(control.bytes, 0, CMSG_SPACE(size));
-    rights = CMSG_FIRSTHDR(&message);
-    rights->cmsg_level = SOL_SOCKET;
-    rights->cmsg_type = SCM_RIGHTS;
-    rights->cmsg_len = CMSG_LEN(size);
-    memcpy(CMSG_DATA(rights), fds, size);
-    if (sendmsg(ends[0], &message, 0) != 1)
-        die("sendmsg");
-    message.msg_controllen = sizeof control.bytes;
-    if (recvmsg(ends[1], &message, MSG_CMSG_CLOEXEC) != 1)
-        die("recvmsg");
-    rights = CMSG_FIRSTHDR(&message);
-    if (!rights || rights->cmsg_len != CMSG_LEN(size) || (message.msg_flags & MSG_CTRUNC))
-        die("not every descriptor arrived");
-    memcpy(received, CMSG_DATA(rights), size);
-    for (i = 0; i < (size_t)count; i++)
-        if (close(received[i]) < 0)
-            die("close");
-}
-
-int main(int argc, char **argv) {
-    struct timespec start, end;
-    long operations, i;
-    int pipes[2];
-    count = argc > 1 ? atoi(argv[1]) : 0;
-    if (count < 1 || count > MOST || socketpair(AF_UNIX, SOCK_STREAM, 0, ends) < 0 || pipe(pipes) < 0)
-        die("setting up");
-    for (i = 0; i < count; i++)
-        fds[i] = pipes[0];
-    while (scanf("%ld", &operations) == 1) {
-        clock_gettime(CLOCK_MONOTONIC, &start);
-        for (i = 0; i < operations; i++)
-            there_and_back();
-        clock_gettime(CLOCK_MONOTONIC, &end);
-        printf("%lld\n", (end.tv_sec - start.tv_sec) * 1000000000LL + (end.tv_nsec - start.tv_nsec));
-        fflush(stdout);
-    }
-    return 0;
-}
-"""
 
 
 # -------------------------------------------------------------------------------- rounds that belong together
@@ -150,13 +73,10 @@ def in_turns(contenders: dict[str, Callable[[], float]], rounds: int, warm_up: i
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C program, compiled here and now."""
-    compiler = shutil.which("cc") or shutil.which(str(sysconfig.get_config_var("CC") or "gcc").split()[0])
-    if compiler is None:
-        pytest.skip("no C compiler: install gcc or clang")
-    place = tmp_path_factory.mktemp("passing")
-    (place / "passing.c").write_text(PROGRAM)
-    subprocess.run([compiler, "-O2", "-o", "passing", "passing.c"], cwd=place, check=True)
-    return place / "passing"
+    try:
+        return compile_program(tmp_path_factory.mktemp("passing"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def measure(program: Path, count: int) -> dict[str, list[float]]:
@@ -186,13 +106,9 @@ def measure(program: Path, count: int) -> dict[str, list[float]]:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})  # the child inherits it
     try:
-        with subprocess.Popen([program, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-
-            def in_c() -> float:
-                print(operations, file=child.stdin, flush=True)
-                return int(child.stdout.readline()) / operations / 1e9  # type: ignore[union-attr]  # stdout is a pipe, asked for above
-
-            seconds = in_turns({"fdpass": ours, "standard": standard, "C": in_c}, ROUNDS, WARM_UP)
+        with contextlib.closing(InC(program, count)) as in_c:
+            contenders = {"fdpass": ours, "standard": standard, "C": lambda: sum(in_c(operations)) / operations}
+            seconds = in_turns(contenders, ROUNDS, WARM_UP)
     finally:
         os.sched_setaffinity(0, before)
         for fd in (read, write):
