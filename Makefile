@@ -24,10 +24,10 @@ help: ## show this list
 demo: $(VENV)/.with-bench ## build, then show how each strategy shares a port
 	@$(VENV)/bin/fdpass-bench $(ARGS)
 
-test: $(VENV)/.with-test ## build, then run the tests
+test: $(VENV)/.with-programs ## build, then run the tests
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
-bench: $(VENV)/.with-test ## run the benchmarks, fdpass against C and the standard library
+bench: $(VENV)/.with-programs ## run the benchmarks, fdpass against C and the standard library
 	@$(VENV)/bin/python -m pytest bench/suites $(ARGS)
 
 docs: $(VENV)/.with-docs ## build the documentation into docs/_build/html
