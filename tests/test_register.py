@@ -181,6 +181,21 @@ def test_dup_fd_is_ours(store, as_found, marked, content):
     assert fdpass.store_stats().made == 1
 
 
+@pytest.mark.parametrize("free", [0, 1])
+def test_dup_fd_wants_a_number_for_its_users_duplicate_too(store, as_found, marked, content, full_table, free):
+    with fdpass.registered():
+        arrived = pickle.loads(ForkingPickler.dumps(reduction.DupFd(marked("kept"))))
+        with full_table(free=free) as limit, pytest.raises(fdpass.DescriptorsLostError, match="needed 2 free numbers") as caught:
+            arrived.detach()
+        assert (caught.value.needed, caught.value.got, caught.value.limit) == (2, free, limit)
+        assert fdpass.store_stats().unclaimed == 1
+        number = arrived.detach()
+        try:
+            assert content(number) == "kept"
+        finally:
+            os.close(number)
+
+
 def test_heap_arenas_and_buffer_wrappers_pickle_and_shared_ctypes_do_not(store, as_found, run_python):
     run_python("""
 import multiprocessing, fdpass
