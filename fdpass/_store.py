@@ -182,6 +182,8 @@ def put(fd: int, what: str, claims: int = 1) -> tuple[Address, bytes]:
         folder = _folder
         if folder is None or folder.pid != os.getpid():
             folder = _start()
+        # Asked first: a store that was not running yet has not ended.
+        running = folder.listener < 0
         ticket = _syscall.store_put(fd, claims, ttl_ns, _settings.max_unclaimed or 0)
         if isinstance(ticket, bytes):
             made = making.get()
@@ -190,7 +192,10 @@ def put(fd: int, what: str, claims: int = 1) -> tuple[Address, bytes]:
             return folder.address, ticket
         if ticket != -errno.ENOTCONN:
             _not_kept(fd, what, ticket)
-        _abandon(folder)
+        if running:
+            _abandon(folder)
+        else:  # made by another thread, or by what a signal handler interrupted
+            _start()
 
 
 def _not_kept(fd: int, what: str, code: int) -> NoReturn:
@@ -248,13 +253,9 @@ def _abandon(folder: _Folder) -> None:
     """Forgets a store whose descriptors the program has closed behind its back, or that has ended."""
     global _folder
     with _starting:
-        if folder is not _folder:
-            return
-        if folder.listener >= 0:  # published and not yet started: by a signal handler, or another thread waits for the lock
-            _start()
-            return
-        _folder = None
-        folder.remove()
+        if folder is _folder:
+            _folder = None
+            folder.remove()
 
 
 def withdraw(ticket: bytes) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import fdpass
-from fdpass import _claims, _store
+from fdpass import _claims, _store, _syscall
 
 sys.path.insert(0, str(Path(__file__).parent))  # claimant.py and store_targets.py, by name, here and in every spawned child
 
@@ -914,6 +914,36 @@ late("during")
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_a_thread_that_finds_the_store_made_and_not_yet_running_waits_for_it(store, unix_pair, monkeypatch):
+    start, put, asked = _syscall.store_start, _syscall.store_put, threading.Event()
+    raws = []
+
+    def pickled():
+        raws.append(pickle.dumps(fdpass.SocketHandle(unix_pair[0])))
+
+    other = threading.Thread(target=pickled)
+
+    def put_and_tell(*args):
+        code = put(*args)
+        asked.set()
+        return code
+
+    def start_after_the_other_asked(*args):
+        monkeypatch.undo()
+        monkeypatch.setattr(_syscall, "store_put", put_and_tell)
+        other.start()
+        asked.wait()
+        return start(*args)
+
+    store.stop()
+    monkeypatch.setattr(_syscall, "store_start", start_after_the_other_asked)
+    pickled()
+    other.join()
+    for raw in raws:
+        pickle.loads(raw).close()
+    assert fdpass.store_stats().claims == 2
 
 
 def test_a_full_table_names_the_limit_and_leaves_the_ticket(owner, receiver):
