@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import pickle
 import sys
 import weakref
 from contextvars import ContextVar
@@ -43,7 +42,8 @@ def carry(fd: int, what: str, claims: int = 1) -> Token:
     popen = spawning_popen() if frame is None else None
     if frame is None and popen is None:
         return "ticket", *_store.put(fd, what, claims)
-    if fd < 0 or kind_of(fd) == "not open":
+    # A frame leaves it to the kernel whether the number is open: it looks at each before it takes a byte.
+    if fd < 0 or (frame is None and kind_of(fd) == "not open"):
         raise ValueError(f"{what} is closed: it has no descriptor to pass on")
     if frame is not None:
         frame.append(fd)
@@ -68,15 +68,6 @@ def claim(token: Token) -> OwnedFd:
     if kind in ("number", "index", "ride"):
         return _claim_inherited(kind, *rest)
     raise TicketError(f"a descriptor's token of unknown kind {kind!r}")
-
-
-class InBandPickler(pickle.Pickler):
-    """Pickles what goes into a frame: sockets and connections too, whose own pickling knows nothing of frames."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        """The reducer of a raw socket or connection; everything else pickles as it always does."""
-        reducer = raw_reducer(type(obj))
-        return NotImplemented if reducer is None else reducer(obj)
 
 
 #: Filled by the file that knows the types: (class, or "module.name" of one that need not be loaded) -> reducer.

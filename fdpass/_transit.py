@@ -1,0 +1,504 @@
+"""Frames in transit: an object or a message on its way into a socket, and out of one. Channel and AsyncChannel stand on it.
+
+One system call at a time, never a wait: whoever calls knows how to wait.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import pickle
+from contextlib import ExitStack, suppress
+from io import BytesIO
+from socket import socket as Socket
+from typing import TYPE_CHECKING, Any
+
+from fdpass import _carriers, _frames, _memory, _syscall
+from fdpass.ancillary import _explain_send, number_of
+from fdpass.errors import (
+    BrokenChannelError,
+    DescriptorsLostError,
+    EndOfChannel,
+    PeerRefusedError,
+    ProtocolError,
+    WrongDescriptorError,
+)
+from fdpass.fds import OwnedFd, _own, kind_of, take
+
+# Its import also fills in the reducers for raw sockets and connections, which sending relies on.
+from fdpass.handles import refuse_tls
+from fdpass.limits import lost_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from typing_extensions import Buffer
+
+    from fdpass.ancillary import HasFileno
+
+#: A payload up to this size is copied behind its header, so that a frame is one system call; a longer one is not copied.
+_JOINED = 1 << 16
+#: A payload is received into memory that grows by what has come, and by this at first: nothing is allocated on a header's word.
+_STEP = 1 << 18
+#: A payload is sent in steps of this size.
+_CHUNK = 1 << 20
+#: Bytes from which a buffer inside an object travels as memory. Below, copying is faster than making a file.
+LARGE = 1 << 20
+#: The uid in anonymous credentials, which the kernel writes, with pid 0, where it does not know the sender.
+_NO_UID = 65534
+
+_pool, _Scratch, _POOLED, _HEADER = _syscall.pool, _syscall.Scratch, _syscall.POOLED, _frames.HEADER_SIZE
+_PLAIN, _RECEIVED = _syscall.PLAIN, _syscall.RECEIVED
+_getuid = os.getuid
+
+
+class Terms:
+    """What one end sends and accepts; the same for both directions.
+
+    max_size: bytes in one frame, large buffers included. max_fds: descriptors in one frame. allow_pickle: False for messages only.
+    peer: uids beside this process's own whose pickles are loaded, one or several. large: bytes from which a buffer inside an object
+    travels as memory, None for never. Raises TypeError, ValueError.
+    """
+
+    __slots__ = ("allow_pickle", "large", "max_fds", "max_size", "peer")
+
+    def __init__(
+        self,
+        max_size: int = _frames.MAX_SIZE,
+        max_fds: int = _frames.MAX_FDS,
+        allow_pickle: bool = True,
+        peer: int | Iterable[int] = (),
+        large: int | None = LARGE,
+    ) -> None:
+        uids = [peer] if isinstance(peer, int) else list(peer)
+        for name, value in [("max_size", max_size), ("max_fds", max_fds), *(("peer", uid) for uid in uids)]:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} is a number (int), not {type(value).__name__}")
+            if value < 0:
+                raise ValueError(f"{name} is 0 or more, not {value}")
+        if large is not None and large < 1:
+            raise ValueError(f"large is 1 byte or more, or None, not {large}")
+        self.max_size, self.max_fds, self.allow_pickle, self.peer = max_size, max_fds, bool(allow_pickle), frozenset(uids)
+        self.large = large
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Terms, (self.max_size, self.max_fds, self.allow_pickle, self.peer, self.large)
+
+
+def adopt(sock: Socket | OwnedFd, terms: Terms) -> OwnedFd:
+    """Takes a connected AF_UNIX stream socket over, detaching sock, and has the kernel name senders.
+
+    Raises TypeError, ValueError, WrongDescriptorError, OSError; sock is then untouched.
+    """
+    if not isinstance(sock, (Socket, OwnedFd)):
+        raise TypeError(f"a channel takes a socket or an OwnedFd, not {type(sock).__name__}")
+    if isinstance(sock, Socket):
+        refuse_tls(sock)
+    fd = sock.fileno()
+    if fd < 0:
+        raise ValueError("the socket is closed")
+    info = _syscall.probe(fd)
+    if info is None or info.family != _socket.AF_UNIX or info.type != _socket.SOCK_STREAM or info.listening:
+        wanted, actual = "a connected AF_UNIX stream socket", kind_of(fd)
+        if info is not None:
+            actual = "a listening socket" if info.listening else "a socket of another kind"
+        raise WrongDescriptorError(f"a channel needs {wanted}; descriptor {fd} is {actual}", wanted, actual)
+    prepare(fd, terms)
+    return OwnedFd(sock.release() if isinstance(sock, OwnedFd) else sock.detach())
+
+
+def prepare(fd: int, terms: Terms) -> None:
+    """What the terms ask of the socket itself. Raises OSError."""
+    if terms.allow_pickle:
+        _syscall.ask_credentials(fd)
+    elif not terms.max_fds:
+        # Then a descriptor is refused on the sender's side, before it is in flight.
+        _syscall.refuse_rights(fd)
+
+
+# -- on the way out ------------------------------------------------------------------------------------------------------------
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles what goes into a frame: sockets and connections too, whose own pickling knows nothing of frames. Reused."""
+
+    def __init__(self) -> None:
+        self.stream = BytesIO()
+        super().__init__(self.stream, 5, buffer_callback=self._inside)
+        self.fds: list[int] = []
+        #: The objects that had a descriptor.
+        self.items: list[Any] = []
+        self.views: list[memoryview] = []
+        self.large: int | None = None
+
+    def reducer_override(self, obj: Any) -> Any:
+        """The reducer of a raw socket or connection, and of a memoryview; everything else pickles as it always does."""
+        reducer = _carriers.raw_reducer(type(obj))
+        if reducer is not None:
+            self.items.append(obj)
+            return reducer(obj)
+        if type(obj) is memoryview:
+            return memoryview, (pickle.PickleBuffer(obj if obj.contiguous else obj.tobytes()),)
+        return NotImplemented
+
+    def _inside(self, buffer: pickle.PickleBuffer) -> bool:
+        """Whether a buffer stays in the pickle."""
+        if self.large is None:
+            return True
+        try:
+            view = buffer.raw()
+        except BufferError:  # not contiguous: pickle refuses it in its own words
+            return True
+        if view.nbytes < self.large:
+            return True
+        self.views.append(view)
+        return False
+
+    def empty(self) -> None:
+        """Lets go of everything, what was made only while pickling among it: a handle from somebody's __reduce__, for instance."""
+        self.clear_memo()
+        self.fds, self.items, self.views = [], [], []
+        # A traceback may still look at a large payload; such a stream is not used again.
+        with suppress(BufferError):
+            self.stream.__init__()  # type: ignore[misc]  # the quickest way to empty it
+
+
+_picklers: list[_Pickler] = []
+
+
+def pack_object(obj: Any, terms: Terms) -> Outgoing:
+    """The frame of an object. Raises what pickling raises, ValueError beyond the terms."""
+    if not terms.allow_pickle:
+        raise ValueError("this channel carries only messages (allow_pickle=False): use send_message()")
+    try:
+        pickler = _picklers.pop()
+    except IndexError:
+        pickler = _Pickler()
+    pickler.large = terms.large if terms.max_fds and _memory.AVAILABLE else None
+    token = _carriers.outgoing.set(pickler.fds)
+    try:
+        try:
+            pickler.dump(obj)
+        finally:
+            _carriers.outgoing.reset(token)
+        stream = pickler.stream
+        if pickler.views:
+            return _with_memory(pickler, terms)
+        payload = stream.getvalue() if stream.tell() <= _JOINED else stream.getbuffer()
+        return Outgoing(_frames.OBJECT, payload, pickler.fds, terms, pickler)
+    except BaseException:
+        pickler.empty()
+        raise
+
+
+def _with_memory(pickler: _Pickler, terms: Terms) -> Outgoing:
+    sizes = [view.nbytes for view in pickler.views]
+    pickler.stream.write(_frames.encode_sizes(sizes))
+    _check(pickler.stream.tell() + sum(sizes), len(pickler.fds) + 1, terms)
+    memory = _memory.sealed(pickler.views, _frames.places(sizes))
+    try:
+        outgoing = Outgoing(_frames.OBJECT_AND_MEMORY, pickler.stream.getvalue(), [*pickler.fds, memory.fileno()], terms, pickler)
+    except BaseException:
+        memory.close()
+        raise
+    outgoing._own = [memory]
+    return outgoing
+
+
+def pack_message(data: Buffer, fds: Iterable[int | HasFileno], terms: Terms) -> Outgoing:
+    """The frame of bytes and descriptors. Raises TypeError, ValueError."""
+    if type(data) is not bytes:
+        view = memoryview(data)
+        data = view.cast("B") if view.c_contiguous and view.nbytes else view.tobytes()
+    return Outgoing(_frames.DATA, data, [number_of(item) for item in fds] if fds else [], terms, None)
+
+
+def _check(size: int, fds: int, terms: Terms) -> None:
+    if size > terms.max_size:
+        raise ValueError(f"a payload of {size} bytes: this channel sends {terms.max_size} at most (max_size)")
+    if fds > terms.max_fds:
+        raise ValueError(f"{fds} descriptors in one frame: this channel sends {terms.max_fds} at most (max_fds)")
+
+
+class Outgoing:
+    """A frame on its way out; its descriptors are borrowed until it has gone, unless hold() was called. Made by pack_...()."""
+
+    __slots__ = ("_batches", "_data", "_numbers", "_own", "_payload", "_pickler", "_unsure", "done", "fds", "started")
+
+    def __init__(self, kind: int, payload: Any, fds: list[int], terms: Terms, pickler: _Pickler | None) -> None:
+        size, count = len(payload), len(fds)
+        if size > terms.max_size or count > terms.max_fds:
+            _check(size, count, terms)
+        self.fds, self._pickler = fds, pickler
+        #: Whether the whole frame has gone, and whether a byte of it has: then it cannot be given up without ending the channel.
+        self.done = self.started = False
+        self._unsure = False
+        self._own: list[OwnedFd] = []
+        header = _frames.encode(kind, size, count)
+        if count <= _frames.BATCH and size <= _JOINED:
+            self._data, self._numbers, self._payload, self._batches = header + payload, fds, None, None
+        else:
+            self._batches = list(_frames.batches(count))
+            self._data, self._numbers, self._payload = header, fds[: _frames.BATCH], memoryview(payload) if size else None
+
+    def refuse_ends(self, fd: int, ends: Any) -> None:
+        """Raises ValueError when the frame holds the channel's own socket or the one at its other end. ends: of _syscall.ends()."""
+        place = _syscall.find_end(fd, self.fds, ends)
+        if place < len(self.fds):
+            raise ValueError(
+                f"descriptor {self.fds[place]} ({place + 1} of {len(self.fds)}) is an end of this channel: "
+                "waiting inside itself it could never be received, nor closed"
+            )
+
+    def hold(self) -> None:
+        """Duplicates the descriptors, which may then be closed before the frame has gone. Raises OSError."""
+        for place, fd in enumerate(self.fds):
+            owned = _own(_syscall.dup(fd))
+            self._own.append(owned)
+            self.fds[place] = owned.fileno()
+
+    def send_once(self, fd: int, flags: int = 0) -> int:
+        """One sendmsg: the bytes that went, or -errno."""
+        data, numbers = self._data, self._numbers
+        if type(data) is bytes:
+            self._unsure = True
+            code: int = _syscall.send_once(fd, data, len(data), numbers, len(numbers), flags)
+        else:
+            # A step at a time: a timed-out send must not have promised C more than it can tell about.
+            step = _syscall.as_memory(data[:_CHUNK])
+            try:
+                self._unsure = True
+                code = _syscall.send_once(fd, step, len(step), numbers, len(numbers), flags)
+            finally:
+                # Also on the way out of an error: a memoryview that such a pointer holds crashes the cycle collector.
+                _syscall.release(step)
+        self._unsure = False
+        if code > 0:
+            self.started = True
+            if code < len(data):
+                # The descriptors have gone with the first byte, however few bytes went.
+                self._data, self._numbers = data[code:], []
+            else:
+                self._next()
+        return code
+
+    def _next(self) -> None:
+        if self._batches:
+            del self._batches[0]
+        if self._batches:
+            self._data, self._numbers = b"\0", self.fds[self._batches[0]]
+        elif self._payload is not None:
+            self._data, self._numbers, self._payload = self._payload, [], None
+        else:
+            self.done = True
+
+    def fail(self, code: int) -> None:
+        """Raises the OSError of a negative code."""
+        try:
+            _syscall.fail(code, "sending a frame")
+        except OSError as error:
+            if not self.started:
+                _explain_send(error, list(self._numbers))
+            raise
+
+    def verdict(self, error: BaseException) -> BrokenChannelError | None:
+        """Whether the channel ends with this error, in the middle of a frame; None when nothing has gone and it goes on."""
+        if not self.started and not self._unsure:
+            return None
+        return BrokenChannelError(f"a frame broke off while it was being sent: {error or type(error).__name__}")
+
+    def finish(self, consume: bool = False) -> None:
+        """Lets go of everything, sent or not. consume: also closes the objects that had descriptors, for which it must have been sent."""
+        for owned in self._own:
+            owned.close()
+        self._data = self._payload = None
+        pickler, self._pickler = self._pickler, None
+        if pickler is None:
+            return
+        items, small = pickler.items, pickler.stream.tell() <= _JOINED
+        pickler.empty()
+        if small:
+            _picklers.append(pickler)
+        if consume:
+            with ExitStack() as closing:
+                for item in items:
+                    closing.callback(item.close)
+
+
+# -- on the way in -------------------------------------------------------------------------------------------------------------
+
+
+class Incoming:
+    """A frame on its way in: its bytes and descriptors so far, and what the kernel says about whoever sent each part."""
+
+    __slots__ = (
+        "_buffers", "_data", "_fillers", "_have", "_head", "_lost", "_owners", "_stranger", "_terms", "_whole", "header", "objects", "started",
+    )  # fmt: skip
+
+    def __init__(self, terms: Terms, objects: bool = False) -> None:
+        self._terms = terms
+        #: Whether object() will be called for it, so that a plain message is an error.
+        self.objects = objects
+        self._whole = False
+        self.header: _frames.Header | None = None
+        #: Whether a byte has come: then the channel cannot go on without the rest.
+        self.started = False
+        self._owners: list[OwnedFd] = []
+        self._lost: tuple[str, int | None, int] | None = None
+        self._stranger: str | None = None
+        self._data: bytes | bytearray = b""
+
+    def receive_once(self, fd: int, flags: int = 0) -> int:
+        """One step, which never reads beyond the frame: 1 when it is whole, 0 when it is not yet, or -errno.
+
+        Raises EndOfChannel, BrokenChannelError, ProtocolError, PeerRefusedError, and DescriptorsLostError once the frame was read
+        whole.
+        """
+        try:
+            scratch = _pool.pop()
+        except IndexError:
+            scratch = _Scratch()
+        scratch.ints[_RECEIVED] = 0
+        try:
+            if self.started:
+                code = self._more(fd, flags, scratch)
+            else:
+                code = _syscall.recv_frame_once(fd, scratch.buffer, _POOLED, flags, scratch.message)
+                if code > 0:
+                    self._arrived(scratch)
+                    if code < _HEADER:
+                        self._head = scratch.view[:code]
+                    else:
+                        self._head, self._data = scratch.view[:_HEADER], scratch.view[_HEADER:code]
+        except BaseException:
+            # A signal handler may raise when bytes have come already. Their descriptors close with the scratch.
+            self.started = self.started or scratch.ints[_RECEIVED] > 0
+            raise
+        _pool.append(scratch)
+        if code > 0:
+            return self._judge()
+        if code == 0:
+            if self.started:
+                raise BrokenChannelError("the peer is gone in the middle of a frame")
+            raise EndOfChannel("the peer closed the channel")
+        return code
+
+    def _more(self, fd: int, flags: int, scratch: _syscall.Scratch) -> int:
+        """A receive after the first: of the header, the filler bytes or the payload."""
+        if self.header is not None and not self._fillers:
+            return self._payload(fd, flags, scratch, self.header.size)
+        wanted = _HEADER - len(self._head) if self.header is None else min(self._fillers, _POOLED)
+        code: int = _syscall.recv_once(fd, scratch.buffer, wanted, flags, scratch.message)
+        if code > 0:
+            self._arrived(scratch)
+            if self.header is None:
+                self._head += scratch.view[:code]
+            else:
+                self._fillers -= code
+        return code
+
+    def _payload(self, fd: int, flags: int, scratch: _syscall.Scratch, size: int) -> int:
+        """A receive straight into the payload's memory."""
+        have = self._have
+        if not isinstance(self._data, bytearray):
+            self._data = bytearray(self._data)
+        if have == len(self._data):
+            self._data += bytes(min(size - have, max(have, _STEP)))
+        with memoryview(self._data) as window:
+            step = _syscall.as_memory(window[have:])
+            try:
+                code: int = _syscall.recv_once(fd, step, len(step), flags, scratch.message)
+            finally:
+                _syscall.release(step)
+        if code > 0:
+            self._arrived(scratch)
+            self._have += code
+        return code
+
+    def _arrived(self, scratch: _syscall.Scratch) -> None:
+        """After a receive: who sent it, what came along, what was lost."""
+        self.started = True
+        message, terms = scratch.message, self._terms
+        if terms.allow_pickle:
+            # Not by the number alone, which is also that of the user "nobody".
+            uid = message.uid
+            anonymous = not message.has_credentials or (uid == _NO_UID and not message.pid)
+            if anonymous or (uid != _getuid() and uid not in terms.peer):
+                self._stranger = "a sender without credentials" if anonymous else f"uid {uid} (pid {message.pid})"
+        if scratch.ints[_PLAIN]:
+            if message.dropped:
+                self._lost = self._lost or lost_reason()
+            if message.nfds:
+                self._owners += take(scratch)
+
+    def _judge(self) -> int:
+        """What has come so far: 1 for a whole frame, 0 for a part of one, or the error that it is."""
+        header, owners = self.header, self._owners
+        if header is None:
+            if len(self._head) < _HEADER:
+                if len(owners) > _syscall.MAX_FDS:
+                    raise ProtocolError(f"a frame brings {len(owners)} descriptors before its header is whole")
+                return 0
+            header = self.header = _frames.decode(self._head, self._terms.max_size, self._terms.max_fds)
+            self._fillers, self._have = header.fillers, len(self._data)
+            if header.kind != _frames.DATA and not self._terms.allow_pickle:
+                raise ProtocolError("an object arrived where only messages are taken (allow_pickle=False)")
+        # Before the payload is even read, as far as it did not come along.
+        if self._stranger is not None and header.kind != _frames.DATA:
+            raise PeerRefusedError(f"a pickle from {self._stranger}: this process loads only from uid {self._trusted()}")
+        if len(owners) > header.fds:
+            raise ProtocolError(f"a frame announces {header.fds} descriptors and brings {len(owners)}")
+        if self._fillers or self._have < header.size:
+            return 0
+        self._whole = True
+        if self._lost is not None:
+            text, limit, number = self._lost
+            raise DescriptorsLostError(
+                f"{header.fds} descriptors were sent, {len(owners)} arrived: {text}; those that arrived were closed",
+                header.fds, len(owners), limit, bytes(self._data), number,
+            )  # fmt: skip
+        if len(owners) != header.fds:
+            raise ProtocolError(f"a frame announces {header.fds} descriptors and brings {len(owners)}")
+        self._buffers: list[memoryview] | None = None
+        if self.objects:
+            if header.kind == _frames.DATA:
+                raise ProtocolError("a plain message arrived where recv() expects an object: receive it with recv_message()")
+            if header.kind == _frames.OBJECT_AND_MEMORY:
+                places = _frames.places(_frames.decode_sizes(self._data, self._terms.max_size))
+                self._buffers = _memory.mapped(owners[-1], places)
+                owners.pop().close()
+        return 1
+
+    def _trusted(self) -> str:
+        return " and ".join(str(uid) for uid in [_getuid(), *sorted(self._terms.peer)])
+
+    def verdict(self, error: BaseException) -> Exception | None:
+        """The error with which the channel ends; None when it goes on. Another object than error, without its traceback."""
+        if isinstance(error, (EndOfChannel, BrokenChannelError, ProtocolError, PeerRefusedError)):
+            return type(error)(*error.args)
+        if not self.started or self._whole:
+            return None
+        if isinstance(error, TimeoutError):
+            return BrokenChannelError("timed out inside a frame")
+        return BrokenChannelError(f"a frame broke off while it was being received: {error or type(error).__name__}")
+
+    def close(self) -> None:
+        """Closes the descriptors collected so far."""
+        for owned in self._owners:
+            owned.close()
+
+    def message(self) -> tuple[bytes, list[OwnedFd]]:
+        """The bytes and descriptors of a whole frame, which are the caller's now; of an object its pickle."""
+        return bytes(self._data), self._owners
+
+    def object(self) -> Any:
+        """Unpickles a whole frame; descriptors that nothing claims are closed. Raises what unpickling raises, ProtocolError, OSError."""
+        claims: list[OwnedFd | None] = [*self._owners]
+        token = _carriers.incoming.set(claims)
+        try:
+            return pickle.loads(self._data, buffers=self._buffers)
+        finally:
+            _carriers.incoming.reset(token)
+            for unclaimed in claims:
+                if unclaimed is not None:
+                    unclaimed.close()
