@@ -52,6 +52,13 @@ ssize_t fdp_send_one(int sock, const char *data, size_t size, int fd, int flags)
     return fdp_send(sock, data, size, &fd, 1, flags);
 }
 
+ssize_t fdp_send_frame(int sock, const char *data, size_t size, const int *fds, int nfds, int flags, unsigned long long *ends) {
+    int place = nfds;
+    if (nfds && ends && (place = fdp_find_end(sock, fds, nfds, ends)) < 0)
+        return place;
+    return place < nfds ? -ELOOP : fdp_send(sock, data, size, fds, nfds, flags);
+}
+
 /* Takes the descriptors of one SCM_RIGHTS. Counts from cmsg_len, because CMSG_SPACE of one descriptor admits two.
  * Ownership: every descriptor in the control message ends in message->fds or is closed here. */
 static void take_rights(const struct cmsghdr *control, fdp_message *message) {
@@ -88,6 +95,7 @@ static ssize_t receive(int sock, char *buffer, size_t size, int flags, fdp_messa
 
     message->received = 0;
     message->dropped = 0;
+    message->own = 0;
     message->has_credentials = 0;
     message->address_size = 0;
     memset(&header, 0, sizeof header);
@@ -115,6 +123,8 @@ static ssize_t receive(int sock, char *buffer, size_t size, int flags, fdp_messa
     }
     if (!message->has_credentials)
         plat_peer_credentials(sock, message);
+    /* Without a pid, 65534 is what the kernel writes for a sender that it does not know. */
+    message->own = message->has_credentials && message->uid == getuid() && (message->pid || message->uid != 65534);
     /* With this much room the flag has two causes left: no free descriptor number, or a security module said no.
      * The kernel installs what fits, delivers the payload and tells in no other way. */
     if (header.msg_flags & MSG_CTRUNC)
@@ -138,23 +148,20 @@ static unsigned long long number_at(const char *bytes, size_t size) {
 ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
     ssize_t more, got = fdp_recv(sock, buffer, FDP_HEADER, flags, message);
     unsigned long long payload;
-    int vouched = message->has_credentials, pid = message->pid;
-    unsigned int uid = message->uid;
+    int own = message->own, has_credentials = message->has_credentials;
 
-    if (got != FDP_HEADER || message->dropped || number_at(buffer + 4, 4) != (unsigned long long)message->nfds || (vouched && uid != getuid()))
+    if (got != FDP_HEADER || message->dropped || number_at(buffer + 4, 4) != (unsigned long long)message->nfds || (has_credentials && !own))
         return got;
     payload = number_at(buffer + 8, 8);
     if (!payload || payload > size - FDP_HEADER)
         return got;
     /* Sent in one piece it is there. Where it is not, whoever calls waits, which takes the clock and the signals of Python. */
     more = receive(sock, buffer + FDP_HEADER, (size_t)payload, flags | MSG_DONTWAIT, message);
-    /* The weaker word of the two stands; without a pid, 65534 is what the kernel writes for a sender that it does not know. */
-    message->received = (int)(more > 0 ? got + more : got);
-    if (more <= 0 || !vouched || (!pid && uid == 65534)) {
-        message->has_credentials = vouched;
-        message->pid = pid;
-        message->uid = uid;
-    }
+    if (more <= 0)
+        more = 0, message->own = own;
+    message->own = message->own && own;
+    message->has_credentials = message->has_credentials && has_credentials;
+    message->received = (int)(got + more);
     return message->received;
 }
 

@@ -27,6 +27,7 @@ typedef struct {
     int dropped;          /* 1: the kernel (or the lack of a free number) kept descriptors back */
     int msg_flags;        /* MSG_TRUNC, MSG_EOR ... as the kernel set them */
     int received;         /* bytes of the last receive, 0 while nothing has come */
+    int own;              /* 1: has_credentials, and they are those of this process's real uid */
     int has_credentials;  /* 1: pid, uid and gid are the kernel's word about this message's sender */
     int pid;
     unsigned int uid;
@@ -52,13 +53,17 @@ ssize_t fdp_send(int sock, const char *data, size_t size, const int *fds, int nf
  * Ownership: borrows sock and fd, on success and on failure; they stay the caller's. */
 ssize_t fdp_send_one(int sock, const char *data, size_t size, int fd, int flags);
 
+/* fdp_send, which refuses to send sock itself or what it is connected to with -ELOOP; ends as for fdp_find_end, NULL: all may go.
+ * Ownership: as fdp_send. */
+ssize_t fdp_send_frame(int sock, const char *data, size_t size, const int *fds, int nfds, int flags, unsigned long long *ends);
+
 /* Receives into buffer; returns the bytes that came. Every descriptor is close-on-exec and numbered 3 or higher.
  * Ownership: borrows sock. On success message->fds[0..nfds-1] are the caller's, to take or to give to fdp_message_close;
  * on failure nothing was received and nfds is 0. Descriptors that the caller has no name for (SCM_PIDFD) are closed here. */
 ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *message);
 
 /* Receives a channel's frame header, and at once what of the payload is there already, as far as buffer holds it; never a byte beyond
- * the frame. Only the header when descriptors are missing, or another uid sent it. Of two senders the message names the stranger.
+ * the frame. Only the header when descriptors are missing, or another uid sent it. `own` goes for all of it.
  * Ownership: as fdp_recv. */
 ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_message *message);
 

@@ -53,18 +53,18 @@ def carry(fd: int, what: str, claims: int = 1) -> Token:
 
 def claim(token: Token) -> OwnedFd:
     """The descriptor behind a token, owned by the caller. Raises TicketError, PeerRefusedError, DescriptorsLostError, OSError."""
+    if token[0] == "frame":
+        owners, place = incoming.get(), token[1]
+        if owners is None:
+            raise TicketError("this descriptor travelled in a frame of a channel and can be loaded only by Channel.recv()")
+        owned = owners[place] if place < len(owners) else None
+        if owned is None:
+            raise TicketError(f"descriptor {place} of this frame was claimed already")
+        owners[place] = None
+        return owned
     kind, *rest = token
     if kind == "ticket":
         return _store.claim(*rest)
-    if kind == "frame":
-        owners = incoming.get()
-        if owners is None:
-            raise TicketError("this descriptor travelled in a frame of a channel and can be loaded only by Channel.recv()")
-        owned = owners[rest[0]] if rest[0] < len(owners) else None
-        if owned is None:
-            raise TicketError(f"descriptor {rest[0]} of this frame was claimed already")
-        owners[rest[0]] = None
-        return owned
     if kind in ("number", "index", "ride"):
         return _claim_inherited(kind, *rest)
     raise TicketError(f"a descriptor's token of unknown kind {kind!r}")

@@ -55,7 +55,7 @@ def wait(fd: int, writing: bool, deadline: float | None, what: str) -> None:
 
 
 #: Places of fdp_message's fields in Scratch.ints.
-PLAIN, RECEIVED, FIRST = (ffi.offsetof("fdp_message", name) // 4 for name in ("plain", "received", "fds"))
+PLAIN, RECEIVED, OWN, FIRST = (ffi.offsetof("fdp_message", name) // 4 for name in ("plain", "received", "own", "fds"))
 
 
 class Scratch:
@@ -92,7 +92,10 @@ def numbers(message: Any) -> list[int]:
 
 
 #: One sendmsg or recvmsg, nothing else: a count or -errno. A negative one goes to settle() with the call to repeat.
-send_once, send_one_once, recv_once, recv_frame_once = lib.fdp_send, lib.fdp_send_one, lib.fdp_recv, lib.fdp_recv_frame
+send_once, send_one_once, recv_once = lib.fdp_send, lib.fdp_send_one, lib.fdp_recv
+send_frame_once, recv_frame_once = lib.fdp_send_frame, lib.fdp_recv_frame
+#: Where no ends() are to be refused.
+NO_ENDS = ffi.NULL
 
 
 def settle(code: int, again: Callable[[], int], fd: int, writing: bool, flags: int, timeout: float | None, what: str) -> int:

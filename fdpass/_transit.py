@@ -8,9 +8,10 @@ from __future__ import annotations
 import _socket
 import os
 import pickle
-from contextlib import ExitStack, suppress
-from io import BytesIO
+from contextlib import ExitStack
+from errno import ELOOP
 from socket import socket as Socket
+from types import FunctionType as _Function
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _carriers, _frames, _memory, _syscall
@@ -30,7 +31,7 @@ from fdpass.handles import refuse_tls
 from fdpass.limits import lost_reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Buffer
 
@@ -46,10 +47,12 @@ _CHUNK = 1 << 20
 LARGE = 1 << 20
 #: The uid in anonymous credentials, which the kernel writes, with pid 0, where it does not know the sender.
 _NO_UID = 65534
+_LOOP = ": waiting inside itself it could never be received, nor closed"
 
 _pool, _Scratch, _POOLED, _HEADER = _syscall.pool, _syscall.Scratch, _syscall.POOLED, _frames.HEADER_SIZE
-_PLAIN, _RECEIVED = _syscall.PLAIN, _syscall.RECEIVED
-_getuid = os.getuid
+_PLAIN, _RECEIVED, _OWN, _FIRST = _syscall.PLAIN, _syscall.RECEIVED, _syscall.OWN, _syscall.FIRST
+_raw_reducer = _carriers.raw_reducer
+_getuid, _loads, _new = os.getuid, pickle.loads, object.__new__
 
 
 class Terms:
@@ -60,7 +63,7 @@ class Terms:
     travels as memory, None for never. Raises TypeError, ValueError.
     """
 
-    __slots__ = ("allow_pickle", "large", "max_fds", "max_size", "peer")
+    __slots__ = ("allow_pickle", "large", "max_fds", "max_size", "memory_from", "peer")
 
     def __init__(
         self,
@@ -80,6 +83,8 @@ class Terms:
             raise ValueError(f"large is 1 byte or more, or None, not {large}")
         self.max_size, self.max_fds, self.allow_pickle, self.peer = max_size, max_fds, bool(allow_pickle), frozenset(uids)
         self.large = large
+        #: The same, None also where no memory file could be sent.
+        self.memory_from = large if max_fds and _memory.AVAILABLE else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Terms, (self.max_size, self.max_fds, self.allow_pickle, self.peer, self.large)
@@ -120,24 +125,32 @@ def prepare(fd: int, terms: Terms) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles what goes into a frame: sockets and connections too, whose own pickling knows nothing of frames. Reused."""
+    """Pickles what goes into a frame: sockets and connections too, whose own pickling knows nothing of frames."""
 
     def __init__(self) -> None:
-        self.stream = BytesIO()
-        super().__init__(self.stream, 5, buffer_callback=self._inside)
+        #: The pickle; large bytes objects are pieces of their own, not copied.
+        self.pieces: list[Any] = []
+        super().__init__(_Sink(self.pieces.append), 5, buffer_callback=self._inside)
         self.fds: list[int] = []
         #: The objects that had a descriptor.
         self.items: list[Any] = []
         self.views: list[memoryview] = []
         self.large: int | None = None
+        #: Of the carrier in force, set where it may be asked for: only an object that has a reducer can ask.
+        self.token: Any = None
 
     def reducer_override(self, obj: Any) -> Any:
         """The reducer of a raw socket or connection, and of a memoryview; everything else pickles as it always does."""
-        reducer = _carriers.raw_reducer(type(obj))
+        cls = type(obj)
+        if cls is _Function:
+            return NotImplemented
+        if self.token is None:
+            self.token = _carriers.outgoing.set(self.fds)
+        reducer = _raw_reducer(cls)
         if reducer is not None:
             self.items.append(obj)
             return reducer(obj)
-        if type(obj) is memoryview:
+        if cls is memoryview:
             return memoryview, (pickle.PickleBuffer(obj if obj.contiguous else obj.tobytes()),)
         return NotImplemented
 
@@ -157,10 +170,18 @@ class _Pickler(pickle.Pickler):
     def empty(self) -> None:
         """Lets go of everything, what was made only while pickling among it: a handle from somebody's __reduce__, for instance."""
         self.clear_memo()
-        self.fds, self.items, self.views = [], [], []
-        # A traceback may still look at a large payload; such a stream is not used again.
-        with suppress(BufferError):
-            self.stream.__init__()  # type: ignore[misc]  # the quickest way to empty it
+        self.pieces.clear()
+        if self.items or self.fds or self.views:
+            self.fds, self.items, self.views = [], [], []
+
+
+class _Sink:
+    """As much of a file as a pickler needs."""
+
+    __slots__ = ("write",)
+
+    def __init__(self, write: Callable[[Any], None]) -> None:
+        self.write = write
 
 
 _picklers: list[_Pickler] = []
@@ -174,35 +195,29 @@ def pack_object(obj: Any, terms: Terms) -> Outgoing:
         pickler = _picklers.pop()
     except IndexError:
         pickler = _Pickler()
-    pickler.large = terms.large if terms.max_fds and _memory.AVAILABLE else None
-    token = _carriers.outgoing.set(pickler.fds)
+    pickler.large = terms.memory_from
     try:
         try:
             pickler.dump(obj)
         finally:
-            _carriers.outgoing.reset(token)
-        stream = pickler.stream
-        if pickler.views:
-            return _with_memory(pickler, terms)
-        payload = stream.getvalue() if stream.tell() <= _JOINED else stream.getbuffer()
-        return Outgoing(_frames.OBJECT, payload, pickler.fds, terms, pickler)
+            if pickler.token is not None:
+                token, pickler.token = pickler.token, None
+                _carriers.outgoing.reset(token)
+        if not pickler.views:
+            return Outgoing(_frames.OBJECT, pickler.pieces, pickler.fds, terms, pickler)
+        sizes = [view.nbytes for view in pickler.views]
+        pickler.pieces.append(_frames.encode_sizes(sizes))
+        _check(sum(map(len, pickler.pieces)) + sum(sizes), len(pickler.fds) + 1, terms)
+        memory = _memory.sealed(pickler.views, _frames.places(sizes))
+        with ExitStack() as otherwise:
+            otherwise.callback(memory.close)
+            frame = Outgoing(_frames.OBJECT_AND_MEMORY, pickler.pieces, [*pickler.fds, memory.fileno()], terms, pickler)
+            otherwise.pop_all()
+        frame._own = [memory]
+        return frame
     except BaseException:
         pickler.empty()
         raise
-
-
-def _with_memory(pickler: _Pickler, terms: Terms) -> Outgoing:
-    sizes = [view.nbytes for view in pickler.views]
-    pickler.stream.write(_frames.encode_sizes(sizes))
-    _check(pickler.stream.tell() + sum(sizes), len(pickler.fds) + 1, terms)
-    memory = _memory.sealed(pickler.views, _frames.places(sizes))
-    try:
-        outgoing = Outgoing(_frames.OBJECT_AND_MEMORY, pickler.stream.getvalue(), [*pickler.fds, memory.fileno()], terms, pickler)
-    except BaseException:
-        memory.close()
-        raise
-    outgoing._own = [memory]
-    return outgoing
 
 
 def pack_message(data: Buffer, fds: Iterable[int | HasFileno], terms: Terms) -> Outgoing:
@@ -210,7 +225,7 @@ def pack_message(data: Buffer, fds: Iterable[int | HasFileno], terms: Terms) -> 
     if type(data) is not bytes:
         view = memoryview(data)
         data = view.cast("B") if view.c_contiguous and view.nbytes else view.tobytes()
-    return Outgoing(_frames.DATA, data, [number_of(item) for item in fds] if fds else [], terms, None)
+    return Outgoing(_frames.DATA, [data], [number_of(item) for item in fds] if fds else [], terms, None)
 
 
 def _check(size: int, fds: int, terms: Terms) -> None:
@@ -223,52 +238,64 @@ def _check(size: int, fds: int, terms: Terms) -> None:
 class Outgoing:
     """A frame on its way out; its descriptors are borrowed until it has gone, unless hold() was called. Made by pack_...()."""
 
-    __slots__ = ("_batches", "_data", "_numbers", "_own", "_payload", "_pickler", "_unsure", "done", "fds", "started")
+    #: Whether the whole frame has gone, and whether a byte of it has: then it cannot be given up without ending the channel.
+    done = started = False
+    _unsure = False
+    #: Duplicates, and the memory file.
+    _own: Sequence[OwnedFd] = ()
+    #: What follows, last first.
+    _parts: Sequence[tuple[Any, list[int]]] = ()
 
-    def __init__(self, kind: int, payload: Any, fds: list[int], terms: Terms, pickler: _Pickler | None) -> None:
-        size, count = len(payload), len(fds)
+    def __init__(self, kind: int, pieces: list[Any], fds: list[int], terms: Terms, pickler: _Pickler | None) -> None:
+        size, count = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces)), len(fds)
         if size > terms.max_size or count > terms.max_fds:
             _check(size, count, terms)
         self.fds, self._pickler = fds, pickler
-        #: Whether the whole frame has gone, and whether a byte of it has: then it cannot be given up without ending the channel.
-        self.done = self.started = False
-        self._unsure = False
-        self._own: list[OwnedFd] = []
         header = _frames.encode(kind, size, count)
-        if count <= _frames.BATCH and size <= _JOINED:
-            self._data, self._numbers, self._payload, self._batches = header + payload, fds, None, None
-        else:
-            self._batches = list(_frames.batches(count))
-            self._data, self._numbers, self._payload = header, fds[: _frames.BATCH], memoryview(payload) if size else None
+        if len(pieces) == 1 and size <= _JOINED and count <= _frames.BATCH:
+            self._data, self._numbers = header + pieces[0], fds
+            return
+        parts: list[tuple[Any, list[int]]] = [(b"\0", fds[batch]) for batch in _frames.batches(count)] or [(b"", [])]
+        parts[0] = header, parts[0][1]
+        for piece in pieces:
+            # Small ones ride with what is before them: a system call costs more than a copy.
+            last, numbers = parts[-1]
+            if len(last) + len(piece) > _JOINED:
+                parts.append((memoryview(piece), []))
+            else:
+                parts[-1] = b"".join([last, piece]), numbers
+        parts.reverse()
+        self._data, self._numbers = parts.pop()
+        self._parts = parts
 
     def refuse_ends(self, fd: int, ends: Any) -> None:
         """Raises ValueError when the frame holds the channel's own socket or the one at its other end. ends: of _syscall.ends()."""
         place = _syscall.find_end(fd, self.fds, ends)
         if place < len(self.fds):
-            raise ValueError(
-                f"descriptor {self.fds[place]} ({place + 1} of {len(self.fds)}) is an end of this channel: "
-                "waiting inside itself it could never be received, nor closed"
-            )
+            raise ValueError(f"descriptor {self.fds[place]} ({place + 1} of {len(self.fds)}) is an end of this channel{_LOOP}")
 
     def hold(self) -> None:
-        """Duplicates the descriptors, which may then be closed before the frame has gone. Raises OSError."""
-        for place, fd in enumerate(self.fds):
-            owned = _own(_syscall.dup(fd))
-            self._own.append(owned)
-            self.fds[place] = owned.fileno()
+        """Duplicates the descriptors, which may then be closed before the frame has gone; before the first byte. Raises OSError."""
+        assert not self.started
+        own = self._own = [*self._own]
+        for place in range(len(self.fds)):
+            own.append(_own(_syscall.dup(self.fds[place])))
+        copies = iter(own[-len(self.fds) :])
+        for numbers in [self._numbers, *(numbers for _, numbers in reversed(self._parts))]:
+            numbers[:] = [next(copies).fileno() for _ in numbers]
 
-    def send_once(self, fd: int, flags: int = 0) -> int:
-        """One sendmsg: the bytes that went, or -errno."""
+    def send_once(self, fd: int, flags: int = 0, ends: Any = _syscall.NO_ENDS) -> int:
+        """One sendmsg: the bytes that went, or -errno. With ends a frame of one batch does as refuse_ends()."""
         data, numbers = self._data, self._numbers
         if type(data) is bytes:
             self._unsure = True
-            code: int = _syscall.send_once(fd, data, len(data), numbers, len(numbers), flags)
+            code: int = _syscall.send_frame_once(fd, data, len(data), numbers, len(numbers), flags, ends)
         else:
             # A step at a time: a timed-out send must not have promised C more than it can tell about.
             step = _syscall.as_memory(data[:_CHUNK])
             try:
                 self._unsure = True
-                code = _syscall.send_once(fd, step, len(step), numbers, len(numbers), flags)
+                code = _syscall.send_frame_once(fd, step, len(step), numbers, len(numbers), flags, ends)
             finally:
                 # Also on the way out of an error: a memoryview that such a pointer holds crashes the cycle collector.
                 _syscall.release(step)
@@ -278,22 +305,16 @@ class Outgoing:
             if code < len(data):
                 # The descriptors have gone with the first byte, however few bytes went.
                 self._data, self._numbers = data[code:], []
+            elif self._parts:
+                self._data, self._numbers = self._parts.pop()  # type: ignore[attr-defined]  # a list, unless it is empty
             else:
-                self._next()
+                self.done = True
         return code
 
-    def _next(self) -> None:
-        if self._batches:
-            del self._batches[0]
-        if self._batches:
-            self._data, self._numbers = b"\0", self.fds[self._batches[0]]
-        elif self._payload is not None:
-            self._data, self._numbers, self._payload = self._payload, [], None
-        else:
-            self.done = True
-
     def fail(self, code: int) -> None:
-        """Raises the OSError of a negative code."""
+        """Raises the OSError of a negative code, ValueError for an end of the channel itself."""
+        if code == -ELOOP:
+            raise ValueError(f"among {len(self.fds)} descriptors is an end of this channel{_LOOP}")
         try:
             _syscall.fail(code, "sending a frame")
         except OSError as error:
@@ -311,14 +332,13 @@ class Outgoing:
         """Lets go of everything, sent or not. consume: also closes the objects that had descriptors, for which it must have been sent."""
         for owned in self._own:
             owned.close()
-        self._data = self._payload = None
+        self._data, self._parts = b"", ()
         pickler, self._pickler = self._pickler, None
         if pickler is None:
             return
-        items, small = pickler.items, pickler.stream.tell() <= _JOINED
+        items = pickler.items
         pickler.empty()
-        if small:
-            _picklers.append(pickler)
+        _picklers.append(pickler)
         if consume:
             with ExitStack() as closing:
                 for item in items:
@@ -331,48 +351,60 @@ class Outgoing:
 class Incoming:
     """A frame on its way in: its bytes and descriptors so far, and what the kernel says about whoever sent each part."""
 
-    __slots__ = (
-        "_buffers", "_data", "_fillers", "_have", "_head", "_lost", "_owners", "_stranger", "_terms", "_whole", "header", "objects", "started",
-    )  # fmt: skip
+    header: _frames.Header | None = None
+    #: Whether a byte has come: then the channel cannot go on without the rest.
+    started = False
+    _whole = False
+    _head: bytes = b""
+    _data: bytes | bytearray = b""
+    _lost: tuple[str, int | None, int] | None = None
+    _stranger: str | None = None
+    _buffers: list[memoryview] | None = None
+    _fillers = _have = 0
 
     def __init__(self, terms: Terms, objects: bool = False) -> None:
         self._terms = terms
         #: Whether object() will be called for it, so that a plain message is an error.
         self.objects = objects
-        self._whole = False
-        self.header: _frames.Header | None = None
-        #: Whether a byte has come: then the channel cannot go on without the rest.
-        self.started = False
         self._owners: list[OwnedFd] = []
-        self._lost: tuple[str, int | None, int] | None = None
-        self._stranger: str | None = None
-        self._data: bytes | bytearray = b""
 
     def receive_once(self, fd: int, flags: int = 0) -> int:
         """One step, which never reads beyond the frame: 1 when it is whole, 0 when it is not yet, or -errno.
 
-        Raises EndOfChannel, BrokenChannelError, ProtocolError, PeerRefusedError, and DescriptorsLostError once the frame was read
-        whole.
+        Raises EndOfChannel, BrokenChannelError, ProtocolError, PeerRefusedError, and DescriptorsLostError once all of it was read.
         """
         try:
             scratch = _pool.pop()
         except IndexError:
             scratch = _Scratch()
-        scratch.ints[_RECEIVED] = 0
+        ints = scratch.ints
+        ints[_RECEIVED] = 0
         try:
             if self.started:
                 code = self._more(fd, flags, scratch)
             else:
                 code = _syscall.recv_frame_once(fd, scratch.buffer, _POOLED, flags, scratch.message)
-                if code > 0:
+                if code >= _HEADER:
+                    self._head, self._data = scratch.view[:_HEADER], scratch.view[_HEADER:code]
                     self._arrived(scratch)
-                    if code < _HEADER:
-                        self._head = scratch.view[:code]
-                    else:
-                        self._head, self._data = scratch.view[:_HEADER], scratch.view[_HEADER:code]
+                    # The header of an ordinary frame, which has come whole in one piece, needs only to be compared.
+                    size = code - _HEADER
+                    if (
+                        self._head == _frames.encode(self.objects, size, len(self._owners))
+                        and size <= self._terms.max_size
+                        and len(self._owners) <= self._terms.max_fds
+                        and self._stranger is None
+                        and self._lost is None
+                    ):
+                        self._whole = True
+                        _pool.append(scratch)
+                        return 1
+                elif code > 0:
+                    self._head = scratch.view[:code]
+                    self._arrived(scratch)
         except BaseException:
             # A signal handler may raise when bytes have come already. Their descriptors close with the scratch.
-            self.started = self.started or scratch.ints[_RECEIVED] > 0
+            self.started = self.started or ints[_RECEIVED] > 0
             raise
         _pool.append(scratch)
         if code > 0:
@@ -418,17 +450,23 @@ class Incoming:
     def _arrived(self, scratch: _syscall.Scratch) -> None:
         """After a receive: who sent it, what came along, what was lost."""
         self.started = True
-        message, terms = scratch.message, self._terms
-        if terms.allow_pickle:
+        ints = scratch.ints
+        if not ints[_OWN] and self._terms.allow_pickle:
+            message = scratch.message
             # Not by the number alone, which is also that of the user "nobody".
-            uid = message.uid
-            anonymous = not message.has_credentials or (uid == _NO_UID and not message.pid)
-            if anonymous or (uid != _getuid() and uid not in terms.peer):
-                self._stranger = "a sender without credentials" if anonymous else f"uid {uid} (pid {message.pid})"
-        if scratch.ints[_PLAIN]:
-            if message.dropped:
+            anonymous = not message.has_credentials or (message.uid == _NO_UID and not message.pid)
+            if anonymous or message.uid not in self._terms.peer:
+                self._stranger = "a sender without credentials" if anonymous else f"uid {message.uid} (pid {message.pid})"
+        if ints[_PLAIN] == 1:
+            owned = _new(OwnedFd)
+            self._owners.append(owned)
+            # These two lines have no call between them: see Scratch.
+            owned._fd = ints[_FIRST]
+            ints[_FIRST] = -1
+        elif ints[_PLAIN]:
+            if scratch.message.dropped:
                 self._lost = self._lost or lost_reason()
-            if message.nfds:
+            if scratch.message.nfds:
                 self._owners += take(scratch)
 
     def _judge(self) -> int:
@@ -459,7 +497,6 @@ class Incoming:
             )  # fmt: skip
         if len(owners) != header.fds:
             raise ProtocolError(f"a frame announces {header.fds} descriptors and brings {len(owners)}")
-        self._buffers: list[memoryview] | None = None
         if self.objects:
             if header.kind == _frames.DATA:
                 raise ProtocolError("a plain message arrived where recv() expects an object: receive it with recv_message()")
@@ -493,10 +530,12 @@ class Incoming:
 
     def object(self) -> Any:
         """Unpickles a whole frame; descriptors that nothing claims are closed. Raises what unpickling raises, ProtocolError, OSError."""
-        claims: list[OwnedFd | None] = [*self._owners]
+        claims: list[OwnedFd | None] = self._owners  # type: ignore[assignment]  # from here on they are nobody else's
+        if not claims and _carriers.incoming.get() is None:
+            return _loads(self._data, buffers=self._buffers)
         token = _carriers.incoming.set(claims)
         try:
-            return pickle.loads(self._data, buffers=self._buffers)
+            return _loads(self._data, buffers=self._buffers)
         finally:
             _carriers.incoming.reset(token)
             for unclaimed in claims:

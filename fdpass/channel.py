@@ -115,12 +115,14 @@ class Channel:
             if not self._sending.acquire(blocking=False):
                 _acquire(self._sending, deadline, "waiting for another thread's send")
             try:
-                fd = self._usable(self._writable, "send on")
-                if frame.fds:
+                fd = self._fd._fd
+                if fd < 0 or self._broken is not None or not self._writable:
+                    self._refuse(self._writable, "send on")
+                if len(frame.fds) > _frames.BATCH:
                     frame.refuse_ends(fd, self._ends)
                 flags = 0 if timeout is None else _DONTWAIT
                 while not frame.done:
-                    code = frame.send_once(fd, flags)
+                    code = frame.send_once(fd, flags, self._ends)
                     if code == _EAGAIN:
                         _syscall.wait(fd, True, deadline, "sending a frame")
                     elif code < 0 and code != _EINTR:
@@ -157,7 +159,9 @@ class Channel:
         if not self._receiving.acquire(blocking=False):
             _acquire(self._receiving, deadline, "waiting for another thread's recv")
         try:
-            fd = self._usable(self._readable, "receive from")
+            fd = self._fd._fd
+            if fd < 0 or self._broken is not None or not self._readable:
+                self._refuse(self._readable, "receive from")
             flags = 0 if timeout is None else _DONTWAIT
             while (code := frame.receive_once(fd, flags)) != 1:
                 if code == _EAGAIN:
@@ -183,9 +187,9 @@ class Channel:
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether recv() would find something (a frame, its beginning, or the end) within timeout seconds (None: for ever)."""
-        fd = self._usable(self._readable, "poll")
+        self._refuse(self._readable, "poll")
         try:
-            _syscall.wait(fd, False, None if timeout is None else monotonic() + timeout, "polling a channel")
+            _syscall.wait(self._fd.fileno(), False, None if timeout is None else monotonic() + timeout, "polling a channel")
         except TimeoutError:
             return False
         return True
@@ -203,16 +207,15 @@ class Channel:
         """Whether close() was called."""
         return self._fd.fileno() < 0
 
-    def _usable(self, allowed: bool, purpose: str) -> int:
-        fd = self._fd.fileno()
-        if fd < 0:
+    def _refuse(self, allowed: bool, purpose: str) -> None:
+        """Says why this end cannot be used."""
+        if self._fd.fileno() < 0:
             raise ClosedError(f"cannot {purpose} this channel: it was closed")
         if not allowed:
             raise ValueError(f"cannot {purpose} this end of a one-way channel")
         if self._broken is not None:
             # A new exception each time: one object raised twice would carry both tracebacks.
             raise type(self._broken)(*self._broken.args)
-        return fd
 
     def __iter__(self) -> Iterator[Any]:
         while True:

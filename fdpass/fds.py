@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -138,23 +139,35 @@ def take(scratch: _syscall.Scratch) -> list[OwnedFd]:
     return taken
 
 
-def socket_from(owned: OwnedFd, info: Any, cls: type[socket.socket] | None = None) -> socket.socket:
-    """A socket object that takes owned's descriptor, described by info; its timeout says what the description's flag says."""
+def socket_from(owned: OwnedFd, info: Any = None, cls: type[socket.socket] | None = None) -> socket.socket:
+    """A socket object that takes owned's descriptor; its timeout says what the description's flag says.
+
+    info: where it was asked for already; else the kernel is asked here. Raises OSError (ENOTSOCK); owned then keeps it.
+    """
     import socket
 
     sock = (cls or socket.socket).__new__(cls or socket.socket)
-    # SOCK_NONBLOCK keeps the constructor from applying socket.setdefaulttimeout(), which would flip O_NONBLOCK for every holder.
-    kind = info.type | getattr(socket, "SOCK_NONBLOCK", 0)
+    fd = owned._fd
+    blocking = os.get_blocking(fd)
+    if info is None and hasattr(socket, "SO_PROTOCOL") and socket.getdefaulttimeout() is None:
+        # The constructor asks for all three, in C.
+        family = kind = protocol = -1
+    else:
+        info = _syscall.probe(fd) if info is None else info
+        if info is None:
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+        # SOCK_NONBLOCK keeps the constructor from applying socket.setdefaulttimeout(), which would flip O_NONBLOCK for every holder.
+        family, kind, protocol = info.family, info.type | getattr(socket, "SOCK_NONBLOCK", 0), info.protocol
     # Released first: a Ctrl-C between the two may then lose the number, but never have it closed twice.
-    fd = owned.release()
+    owned._fd = -1
     try:
-        socket.socket.__init__(sock, info.family, kind, info.protocol, fileno=fd)
+        socket.socket.__init__(sock, family, kind, protocol, fd)
     except BaseException:
         if sock.fileno() < 0:
             owned._fd = fd
         raise
-    if not info.nonblocking:
-        sock.setblocking(True)
+    if (sock.gettimeout() is None) != blocking:
+        sock.setblocking(blocking)
     return sock
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 from operator import methodcaller
@@ -105,11 +106,13 @@ def _socket_of(owned: OwnedFd, timeout: float | None, cls: type[socket.socket] |
 
     A timeout goes with O_NONBLOCK, which belongs to every holder: where they disagree the flag wins, it is never changed here.
     """
-    info = _syscall.probe(owned.fileno())
-    if info is None:
-        raise _wrong(owned)
-    sock = socket_from(owned, info, cls)
-    if timeout and info.nonblocking:
+    try:
+        sock = socket_from(owned, None, cls)
+    except OSError as error:
+        if error.errno == errno.ENOTSOCK:
+            raise _wrong(owned) from None
+        raise
+    if timeout and sock.gettimeout() == 0.0:
         sock.settimeout(timeout)
     return sock
 
@@ -132,10 +135,10 @@ def refuse_tls(sock: socket.socket) -> None:
 
 def reduce_socket(sock: socket.socket) -> Reduced:
     """The reducer of socket.socket and its subclasses; a subclass comes back as itself, with its __dict__, its __init__ not run."""
+    if type(sock) is socket.socket:
+        return rebuild_socket, (_carriers.carry(sock.fileno(), "socket"), sock.gettimeout())
     refuse_tls(sock)
     token = _carriers.carry(sock.fileno(), type(sock).__name__)
-    if type(sock) is socket.socket:
-        return rebuild_socket, (token, sock.gettimeout())
     return rebuild_socket, (token, sock.gettimeout(), type(sock), getattr(sock, "__dict__", None) or None)
 
 

@@ -1082,13 +1082,13 @@ def test_bytes_that_came_with_the_signal_are_not_forgotten(peer, monkeypatch):
 
 def test_bytes_that_went_with_the_signal_are_not_forgotten(pipe, monkeypatch):
     left, _ = pipe
-    send_once = _syscall.send_once
+    send_frame_once = _syscall.send_frame_once
 
     def interrupted(*args):
-        send_once(*args)
+        send_frame_once(*args)
         raise Interrupted
 
-    monkeypatch.setattr(_syscall, "send_once", interrupted)
+    monkeypatch.setattr(_syscall, "send_frame_once", interrupted)
     with pytest.raises(Interrupted):
         left.send(1)
     monkeypatch.undo()
