@@ -84,7 +84,7 @@ def encode_sizes(sizes: list[int]) -> bytes:
     return b"".join([*map(_SIZE.pack, sizes), _COUNT.pack(len(sizes))])
 
 
-def decode_sizes(payload: bytes | bytearray, max_size: int) -> list[int]:
+def decode_sizes(payload: bytes | memoryview, max_size: int) -> list[int]:
     """The sizes of the large buffers, whose sum with the payload keeps to max_size. Raises ProtocolError."""
     end = len(payload) - _COUNT.size
     (count,) = _COUNT.unpack_from(payload, end)

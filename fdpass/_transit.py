@@ -39,8 +39,11 @@ if TYPE_CHECKING:
 
 #: A payload up to this size is copied behind its header, so that a frame is one system call; a longer one is not copied.
 _JOINED = 1 << 16
-#: A payload is received into memory that grows by what has come, and by this at first: nothing is allocated on a header's word.
-_STEP = 1 << 18
+#: A payload up to this size is received into memory that is used again. It is the system's until something is written there.
+_ROOM = 1 << 22
+_rooms: list[bytearray] = []
+#: A larger one is received into memory that grows by what has come, and by this at first: nothing is allocated on a header's word.
+_STEP = 1 << 19
 #: A payload is sent in steps of this size.
 _CHUNK = 1 << 20
 #: Bytes from which a buffer inside an object travels as memory. Below, copying is faster than making a file.
@@ -203,6 +206,8 @@ def pack_object(obj: Any, terms: Terms) -> Outgoing:
             if pickler.token is not None:
                 token, pickler.token = pickler.token, None
                 _carriers.outgoing.reset(token)
+        if len(pickler.pieces) > 1:
+            pickler.pieces[:] = [piece.raw() if type(piece) is pickle.PickleBuffer else piece for piece in pickler.pieces]
         if not pickler.views:
             return Outgoing(_frames.OBJECT, pickler.pieces, pickler.fds, terms, pickler)
         sizes = [view.nbytes for view in pickler.views]
@@ -418,7 +423,7 @@ class Incoming:
     def _more(self, fd: int, flags: int, scratch: _syscall.Scratch) -> int:
         """A receive after the first: of the header, the filler bytes or the payload."""
         if self.header is not None and not self._fillers:
-            return self._payload(fd, flags, scratch, self.header.size)
+            return self._receive_payload(fd, flags, scratch, self.header.size)
         wanted = _HEADER - len(self._head) if self.header is None else min(self._fillers, _POOLED)
         code: int = _syscall.recv_once(fd, scratch.buffer, wanted, flags, scratch.message)
         if code > 0:
@@ -429,15 +434,18 @@ class Incoming:
                 self._fillers -= code
         return code
 
-    def _payload(self, fd: int, flags: int, scratch: _syscall.Scratch, size: int) -> int:
+    def _receive_payload(self, fd: int, flags: int, scratch: _syscall.Scratch, size: int) -> int:
         """A receive straight into the payload's memory."""
         have = self._have
-        if not isinstance(self._data, bytearray):
-            self._data = bytearray(self._data)
         if have == len(self._data):
-            self._data += bytes(min(size - have, max(have, _STEP)))
+            try:
+                grown = _rooms.pop() if size <= _ROOM else bytearray(min(size, have + max(have, _STEP)))
+            except IndexError:
+                grown = bytearray(_ROOM)
+            grown[:have] = self._data
+            self._data = grown
         with memoryview(self._data) as window:
-            step = _syscall.as_memory(window[have:])
+            step = _syscall.as_memory(window[have:size])
             try:
                 code: int = _syscall.recv_once(fd, step, len(step), flags, scratch.message)
             finally:
@@ -493,7 +501,7 @@ class Incoming:
             text, limit, number = self._lost
             raise DescriptorsLostError(
                 f"{header.fds} descriptors were sent, {len(owners)} arrived: {text}; those that arrived were closed",
-                header.fds, len(owners), limit, bytes(self._data), number,
+                header.fds, len(owners), limit, bytes(self._payload()), number,
             )  # fmt: skip
         if len(owners) != header.fds:
             raise ProtocolError(f"a frame announces {header.fds} descriptors and brings {len(owners)}")
@@ -501,7 +509,7 @@ class Incoming:
             if header.kind == _frames.DATA:
                 raise ProtocolError("a plain message arrived where recv() expects an object: receive it with recv_message()")
             if header.kind == _frames.OBJECT_AND_MEMORY:
-                places = _frames.places(_frames.decode_sizes(self._data, self._terms.max_size))
+                places = _frames.places(_frames.decode_sizes(self._payload(), self._terms.max_size))
                 self._buffers = _memory.mapped(owners[-1], places)
                 owners.pop().close()
         return 1
@@ -526,18 +534,29 @@ class Incoming:
 
     def message(self) -> tuple[bytes, list[OwnedFd]]:
         """The bytes and descriptors of a whole frame, which are the caller's now; of an object its pickle."""
-        return bytes(self._data), self._owners
+        data = bytes(self._payload())
+        self._give_back()
+        return data, self._owners
 
     def object(self) -> Any:
         """Unpickles a whole frame; descriptors that nothing claims are closed. Raises what unpickling raises, ProtocolError, OSError."""
         claims: list[OwnedFd | None] = self._owners  # type: ignore[assignment]  # from here on they are nobody else's
-        if not claims and _carriers.incoming.get() is None:
+        if not claims and type(self._data) is bytes and _carriers.incoming.get() is None:
             return _loads(self._data, buffers=self._buffers)
         token = _carriers.incoming.set(claims)
         try:
-            return _loads(self._data, buffers=self._buffers)
+            return _loads(self._payload(), buffers=self._buffers)
         finally:
             _carriers.incoming.reset(token)
             for unclaimed in claims:
                 if unclaimed is not None:
                     unclaimed.close()
+            self._give_back()
+
+    def _payload(self) -> bytes | memoryview:
+        return self._data if type(self._data) is bytes else memoryview(self._data)[: self._have]
+
+    def _give_back(self) -> None:
+        if type(self._data) is bytearray and len(self._data) == _ROOM and len(_rooms) < 2:
+            _rooms.append(self._data)
+        self._data = b""

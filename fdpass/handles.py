@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdpass import _carriers, _syscall
 from fdpass.errors import ClosedError, TicketError, WrongDescriptorError
-from fdpass.fds import OwnedFd, _own, kind_of, socket_from
+from fdpass.fds import Expected, OwnedFd, _own, insist, kind_of, socket_from
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,12 +45,16 @@ class SocketHandle:
         self._claims, self._timeout = claims, sock.gettimeout()
         self._fd = _own(_syscall.dup(sock.fileno()))
 
-    def open(self) -> socket.socket:
+    def open(self, expect: Expected | None = None) -> socket.socket:
         """The socket, which owns the handle's descriptor from now on: a handle opens once.
 
-        Raises TicketError when it was opened already, ClosedError after close().
+        expect: (family, type, listening) that it must have, None for any: for a handle that came from somebody else.
+        Raises TicketError when it was opened already, ClosedError after close(), WrongDescriptorError when it is not what was expected:
+        the handle is then closed.
         """
         self._fileno("open")
+        if expect is not None:
+            insist(self._fd, expect)
         sock = _socket_of(self._fd, self._timeout)
         self._opened = True
         return sock
