@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fdpass
-from fdpass import _frames
+from fdpass import _frames, _syscall
 from fdpass.aio import AsyncChannel, open_channel, start_channel_server
 
 sys.path.insert(0, str(Path(__file__).parent))  # children.py, whose classes are pickled by name
@@ -356,10 +356,15 @@ def no_more_room(sock):
     return sent
 
 
-@pytest.mark.parametrize("stage", ["room", "no room", "not its turn"])
-def test_a_send_cancelled_in_any_round_sends_all_or_nothing(run, marked, content, limit_nofile, stage):
+@pytest.mark.parametrize("stage", ["room", "no room", "not its turn", "a byte a round"])
+def test_a_send_cancelled_in_any_round_sends_all_or_nothing(run, marked, content, limit_nofile, stage, monkeypatch):
     names = [str(place) for place in range(600)]
     marks = [marked(name) for name in names]
+    size = 20_000
+    if stage == "a byte a round":
+        size, send_frame_once = 40, _syscall.send_frame_once
+        monkeypatch.setattr(_syscall, "send_frame_once", lambda fd, data, size, *rest: send_frame_once(fd, data, min(size, 1), *rest))
+        monkeypatch.setattr("fdpass.aio.channel._IN_A_ROW", 1)
 
     async def attempt(count):
         raw, channel = with_peer()
@@ -372,7 +377,7 @@ def test_a_send_cancelled_in_any_round_sends_all_or_nothing(run, marked, content
                 earlier = asyncio.create_task(channel.send_message(bytes(20_000)))
                 before = frame(bytes(20_000))
                 await rounds(1)
-            fds, data = [fdpass.OwnedFd(os.dup(mark)) for mark in marks], bytearray(os.urandom(20_000))
+            fds, data = [fdpass.OwnedFd(os.dup(mark)) for mark in marks], bytearray(os.urandom(size))
             sent = frame(bytes(data), fds=600)
             task = asyncio.create_task(channel.send_message(data, fds))
             for _ in range(count):
@@ -407,6 +412,8 @@ def test_a_send_cancelled_in_any_round_sends_all_or_nothing(run, marked, content
         # First too early for the first byte, then in the middle of the frame, at last too late.
         assert sorted(outcomes, key=["nothing", "went on", "done"].index) == outcomes
         assert set(outcomes) == {"nothing", "went on", "done"}
+        if stage == "a byte a round":
+            assert outcomes.count("went on") >= len(frame(bytes(size), fds=600)) - 2
 
     with limit_nofile(4096):
         run(main)
@@ -788,6 +795,29 @@ def test_it_takes_a_socket_over_and_leaves_its_flags(run, unix_pair, blocking):
         run(main)
 
 
+@pytest.mark.skipif(uvloop is None, reason="uvloop is not installed")
+def test_without_a_descriptor_to_watch_with(marked, full_table):
+    # uvloop is given an epoll of ours: see _watch().
+    async def main():
+        left, right = pair()
+        async with left, right:
+            with full_table(), pytest.raises(OSError, match="Too many open files"):
+                await right.recv()
+            await left.send(1)
+            assert await right.recv() == 1
+            # In the middle of a frame it is the end.
+            with full_table(), pytest.raises(OSError, match="Too many open files"):
+                await left.send(bytes(MEGABYTES))
+            with pytest.raises(fdpass.BrokenChannelError, match="Too many open files"):
+                await left.send(1)
+            left.close()
+            with pytest.raises(fdpass.BrokenChannelError):
+                await right.recv()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
 def test_it_takes_a_channel_over(run):
     async def main():
         left, right = fdpass.Pipe()
@@ -925,6 +955,7 @@ def test_a_server_and_its_clients(run, path, unix_pair):
                     await channel.send([number, sock])
 
     async def main():
+        threads = os.listdir("/proc/self/task")
         # Twenty at once, and the queue has room for two.
         async with await start_channel_server(serve, path, backlog=1) as server:
             assert (server.path, server.is_serving()) == (path, True)
@@ -932,6 +963,7 @@ def test_a_server_and_its_clients(run, path, unix_pair):
             await asyncio.gather(*map(client, range(20)))
         assert not server.is_serving()
         assert not os.path.exists(path)
+        assert os.listdir("/proc/self/task") == threads
 
     run(main)
 

@@ -89,11 +89,11 @@ class AsyncChannel:
         await self._send(partial(_transit.pack_message, data, fds, self._channel._terms), False)
 
     async def _send(self, pack: Callable[[], _transit.Outgoing], consume: bool) -> None:
-        loop, _ = self._usable(self._channel._writable, "send on")
         await self._sending.acquire()
         try:
-            await self._pause()
-            _, fd = self._usable(self._channel._writable, "send on")
+            if self._pause():
+                await asyncio.sleep(0)
+            loop, fd = self._usable(self._channel._writable, "send on")
             # Packed now and not before: whoever waits for its turn holds no copy, and no number that may have changed hands.
             frame = pack()
             try:
@@ -196,7 +196,8 @@ class AsyncChannel:
 
     async def _recv(self, objects: bool) -> _transit.Incoming:
         async with self._receiving:
-            await self._pause()
+            if self._pause():
+                await asyncio.sleep(0)
             while True:
                 loop, fd = self._usable(self._channel._readable, "receive from")
                 # Read by the task itself, between two awaits: a cancellation finds every byte in self._incoming.
@@ -304,12 +305,13 @@ class AsyncChannel:
         """Whether its loop can still wake anybody: one that was closed has forgotten whoever waited in it."""
         return self._loop is not None and not self._loop.is_closed()
 
-    async def _pause(self) -> None:
+    def _pause(self) -> bool:
         """Two peers that never have to wait for each other must not keep the loop to themselves."""
         self._row += 1
-        if self._row > _IN_A_ROW:
-            self._row = 0
-            await asyncio.sleep(0)
+        if self._row <= _IN_A_ROW:
+            return False
+        self._row = 0
+        return True
 
     def __aiter__(self) -> Self:
         return self
