@@ -46,7 +46,7 @@ def test_a_named_uid_is_believed_and_no_other(wire, peer):
             assert channel.recv() == "hello"
         raw.sendall(frame(pickle.dumps("from the own uid"), _frames.OBJECT))
         assert channel.recv() == "from the own uid"
-        with somebody_else(1001, lambda: raw.sendall(whole)), pytest.raises(fdpass.PeerRefusedError, match=r"uid 1001 .* uid 0 and .*65534"):
+        with somebody_else(1001, lambda: raw.sendall(whole)), pytest.raises(fdpass.PeerRefusedError, match=r"uid 1001 .*65534"):
             channel.recv()
     assert not path.exists()
 
@@ -73,9 +73,12 @@ def test_another_uid_on_a_connected_socket_is_refused(wire, tmp_path):
         listener.bind(name)
         os.chmod(name, 0o777)
         listener.listen()
-        with somebody_else(65534, connect):
-            with fdpass.Channel(listener.accept()[0]) as channel, pytest.raises(fdpass.PeerRefusedError, match="uid 65534"):
-                channel.recv()
+        with (
+            somebody_else(65534, connect),
+            fdpass.Channel(listener.accept()[0]) as channel,
+            pytest.raises(fdpass.PeerRefusedError, match="uid 65534"),
+        ):
+            channel.recv()
     assert not path.exists()
 
 
@@ -169,13 +172,11 @@ def test_the_terms_travel_with_the_channel(pipe):
     with near, far:
         left.send(far)
         with right.recv() as arrived:
-            before, after = far._terms, arrived._terms
-            assert [getattr(after, name) for name in _transit.Terms.__slots__] == [getattr(before, name) for name in _transit.Terms.__slots__]
+            names = _transit.Terms.__slots__
+            assert [getattr(arrived._terms, name) for name in names] == [getattr(far._terms, name) for name in names]
 
 
 def test_what_is_no_channels_socket_any_more_is_refused_when_it_is_loaded(pipe, marked, unix_pair):
-    from fdpass import channel
-
     left, right = pipe
     near, far = fdpass.Pipe()
     with near, far:
@@ -187,7 +188,6 @@ def test_what_is_no_channels_socket_any_more_is_refused_when_it_is_loaded(pipe, 
         raw.sendmsg([frame(data, _frames.OBJECT, 1)], rights([marked()]))
         with pytest.raises(fdpass.WrongDescriptorError, match="a channel needs"):
             receiver.recv()
-    assert channel.Channel
 
 
 # -------------------------------------------------------------------------------------------------------------- its own ends
