@@ -81,7 +81,7 @@ static void take_rights(const struct cmsghdr *control, fdp_message *message) {
 }
 
 /* One recvmsg, whose descriptors are added to those in message; everything else there is this receive's. */
-static ssize_t receive(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
+static ssize_t receive(int sock, char *buffer, size_t size, int flags, fdp_message *message, uid_t self) {
     union {
         struct cmsghdr align;
         char bytes[CONTROL_ROOM];
@@ -124,7 +124,7 @@ static ssize_t receive(int sock, char *buffer, size_t size, int flags, fdp_messa
     if (!message->has_credentials)
         plat_peer_credentials(sock, message);
     /* Without a pid, 65534 is what the kernel writes for a sender that it does not know. */
-    message->own = message->has_credentials && message->uid == getuid() && (message->pid || message->uid != 65534);
+    message->own = message->has_credentials && message->uid == self && (message->pid || message->uid != 65534);
     /* With this much room the flag has two causes left: no free descriptor number, or a security module said no.
      * The kernel installs what fits, delivers the payload and tells in no other way. */
     if (header.msg_flags & MSG_CTRUNC)
@@ -135,7 +135,7 @@ static ssize_t receive(int sock, char *buffer, size_t size, int flags, fdp_messa
 
 ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
     message->nfds = 0;
-    return receive(sock, buffer, size, flags, message);
+    return receive(sock, buffer, size, flags, message, getuid());
 }
 
 static unsigned long long number_at(const char *bytes, size_t size) {
@@ -146,17 +146,21 @@ static unsigned long long number_at(const char *bytes, size_t size) {
 }
 
 ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
-    ssize_t more, got = fdp_recv(sock, buffer, FDP_HEADER, flags, message);
+    uid_t self = getuid();
+    ssize_t more, got;
     unsigned long long payload;
-    int own = message->own, has_credentials = message->has_credentials;
+    int own, has_credentials;
 
+    message->nfds = 0;
+    got = receive(sock, buffer, FDP_HEADER, flags, message, self);
+    own = message->own, has_credentials = message->has_credentials;
     if (got != FDP_HEADER || message->dropped || number_at(buffer + 4, 4) != (unsigned long long)message->nfds || (has_credentials && !own))
         return got;
     payload = number_at(buffer + 8, 8);
     if (!payload || payload > size - FDP_HEADER)
         return got;
     /* Sent in one piece it is there. Where it is not, whoever calls waits, which takes the clock and the signals of Python. */
-    more = receive(sock, buffer + FDP_HEADER, (size_t)payload, flags | MSG_DONTWAIT, message);
+    more = receive(sock, buffer + FDP_HEADER, (size_t)payload, flags | MSG_DONTWAIT, message, self);
     if (more <= 0)
         more = 0, message->own = own;
     message->own = message->own && own;

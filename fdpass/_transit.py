@@ -55,7 +55,7 @@ _LOOP = ": waiting inside itself it could never be received, nor closed"
 _pool, _Scratch, _POOLED, _HEADER = _syscall.pool, _syscall.Scratch, _syscall.POOLED, _frames.HEADER_SIZE
 _PLAIN, _RECEIVED, _OWN, _FIRST = _syscall.PLAIN, _syscall.RECEIVED, _syscall.OWN, _syscall.FIRST
 _raw_reducer = _carriers.raw_reducer
-_getuid, _loads, _new = os.getuid, pickle.loads, object.__new__
+_getuid, _loads, _new, _encode = os.getuid, pickle.loads, object.__new__, _frames.encode
 
 
 class Terms:
@@ -256,7 +256,7 @@ class Outgoing:
         if size > terms.max_size or count > terms.max_fds:
             _check(size, count, terms)
         self.fds, self._pickler = fds, pickler
-        header = _frames.encode(kind, size, count)
+        header = _encode(kind, size, count)
         if len(pieces) == 1 and size <= _JOINED and count <= _frames.BATCH:
             self._data, self._numbers = header + pieces[0], fds
             return
@@ -390,20 +390,23 @@ class Incoming:
             else:
                 code = _syscall.recv_frame_once(fd, scratch.buffer, _POOLED, flags, scratch.message)
                 if code >= _HEADER:
-                    self._head, self._data = scratch.view[:_HEADER], scratch.view[_HEADER:code]
-                    self._arrived(scratch)
+                    size, count, terms = code - _HEADER, ints[_PLAIN], self._terms
+                    head = scratch.view[:_HEADER]
+                    self._data = scratch.view[_HEADER:code]
                     # The header of an ordinary frame, which has come whole in one piece, needs only to be compared.
-                    size = code - _HEADER
                     if (
-                        self._head == _frames.encode(self.objects, size, len(self._owners))
-                        and size <= self._terms.max_size
-                        and len(self._owners) <= self._terms.max_fds
-                        and self._stranger is None
-                        and self._lost is None
+                        0 <= count <= terms.max_fds
+                        and size <= terms.max_size
+                        and head == _encode(self.objects, size, count)
+                        and (ints[_OWN] or not terms.allow_pickle)
                     ):
-                        self._whole = True
+                        self.started = self._whole = True
+                        if count:
+                            self._take(scratch, count)
                         _pool.append(scratch)
                         return 1
+                    self._head = head
+                    self._arrived(scratch)
                 elif code > 0:
                     self._head = scratch.view[:code]
                     self._arrived(scratch)
@@ -465,17 +468,21 @@ class Incoming:
             anonymous = not message.has_credentials or (message.uid == _NO_UID and not message.pid)
             if anonymous or message.uid not in self._terms.peer:
                 self._stranger = "a sender without credentials" if anonymous else f"uid {message.uid} (pid {message.pid})"
-        if ints[_PLAIN] == 1:
-            owned = _new(OwnedFd)
-            self._owners.append(owned)
-            # These two lines have no call between them: see Scratch.
-            owned._fd = ints[_FIRST]
-            ints[_FIRST] = -1
-        elif ints[_PLAIN]:
+        if ints[_PLAIN]:
             if scratch.message.dropped:
                 self._lost = self._lost or lost_reason()
             if scratch.message.nfds:
-                self._owners += take(scratch)
+                self._take(scratch, ints[_PLAIN])
+
+    def _take(self, scratch: _syscall.Scratch, count: int) -> None:
+        if count == 1:
+            owned = _new(OwnedFd)
+            self._owners.append(owned)
+            # These two lines have no call between them: see Scratch.
+            owned._fd = scratch.ints[_FIRST]
+            scratch.ints[_FIRST] = -1
+        else:
+            self._owners += take(scratch)
 
     def _judge(self) -> int:
         """What has come so far: 1 for a whole frame, 0 for a part of one, or the error that it is."""

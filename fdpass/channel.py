@@ -112,7 +112,7 @@ class Channel:
         sent = False
         try:
             deadline = None if timeout is None else monotonic() + timeout
-            if not self._sending.acquire(blocking=False):
+            if not self._sending.acquire(False):
                 _acquire(self._sending, deadline, "waiting for another thread's send")
             try:
                 fd = self._fd._fd
@@ -156,7 +156,7 @@ class Channel:
     def _recv(self, timeout: float | None, objects: bool) -> _transit.Incoming:
         frame = _transit.Incoming(self._terms, objects)
         deadline = None if timeout is None else monotonic() + timeout
-        if not self._receiving.acquire(blocking=False):
+        if not self._receiving.acquire(False):
             _acquire(self._receiving, deadline, "waiting for another thread's recv")
         try:
             fd = self._fd._fd

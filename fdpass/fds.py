@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import stat
 import sys
 import warnings
+from _socket import getdefaulttimeout
 from itertools import repeat
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 _close = os.close
+#: Whether a descriptor alone is enough to make a socket object from.
+_DESCRIBES_ITSELF = hasattr(_socket, "SO_PROTOCOL")
 
 
 class OwnedFd:
@@ -149,10 +153,9 @@ def socket_from(owned: OwnedFd, info: Any = None, cls: type[socket.socket] | Non
     """
     import socket
 
-    sock = (cls or socket.socket).__new__(cls or socket.socket)
     fd = owned._fd
     blocking = os.get_blocking(fd)
-    if info is None and hasattr(socket, "SO_PROTOCOL") and socket.getdefaulttimeout() is None:
+    if info is None and _DESCRIBES_ITSELF and getdefaulttimeout() is None:
         # The constructor asks for all three, in C.
         family = kind = protocol = -1
     else:
@@ -161,6 +164,7 @@ def socket_from(owned: OwnedFd, info: Any = None, cls: type[socket.socket] | Non
             raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
         # SOCK_NONBLOCK keeps the constructor from applying socket.setdefaulttimeout(), which would flip O_NONBLOCK for every holder.
         family, kind, protocol = info.family, info.type | getattr(socket, "SOCK_NONBLOCK", 0), info.protocol
+    sock = (cls or socket.socket).__new__(cls or socket.socket)
     # Released first: a Ctrl-C between the two may then lose the number, but never have it closed twice.
     owned._fd = -1
     try:

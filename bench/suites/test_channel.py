@@ -24,6 +24,15 @@ WARM_UP = 5
 ARRAY = 64 << 20
 
 
+@pytest.fixture(autouse=True)
+def one_processor() -> Iterator[None]:
+    """Both ends take turns anyway; on one processor the scheduler has no say in the figure."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 def talk_back(end: Any) -> None:
     """The far end: sends what it receives."""
     with contextlib.suppress(EOFError):
