@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _socket
 import errno
+import os
 import threading
 from operator import methodcaller
 from time import monotonic
@@ -43,7 +44,11 @@ def Pipe(duplex: bool = True, **terms: Any) -> tuple[Channel, Channel]:
         left.close()
         right.close()
         raise
-    return Channel._of(left, made, writable=duplex), Channel._of(right, made, readable=duplex)
+    ends = Channel._of(left, made, writable=duplex), Channel._of(right, made, readable=duplex)
+    inodes = [os.fstat(end.fileno()).st_ino for end in ends]
+    # Where the kernel does not tell who is at the other end, this much is known.
+    ends[0]._ends[0:2], ends[1]._ends[0:2] = inodes, inodes[::-1]
+    return ends
 
 
 class Channel:
