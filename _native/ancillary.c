@@ -52,14 +52,22 @@ ssize_t fdp_send_one(int sock, const char *data, size_t size, int fd, int flags)
     return fdp_send(sock, data, size, &fd, 1, flags);
 }
 
+ssize_t fdp_send_frame(int sock, const char *data, size_t size, const int *fds, int nfds, int flags, unsigned long long *ends) {
+    int place = nfds;
+    if (nfds && ends && (place = fdp_find_end(sock, fds, nfds, ends)) < 0)
+        return place;
+    return place < nfds ? -ELOOP : fdp_send(sock, data, size, fds, nfds, flags);
+}
+
 /* Takes the descriptors of one SCM_RIGHTS. Counts from cmsg_len, because CMSG_SPACE of one descriptor admits two.
  * Ownership: every descriptor in the control message ends in message->fds or is closed here. */
 static void take_rights(const struct cmsghdr *control, fdp_message *message) {
     size_t count = (control->cmsg_len - CMSG_LEN(0)) / sizeof(int), i;
+    const int room = (int)(sizeof message->fds / sizeof *message->fds);
     int fd, kept;
     for (i = 0; i < count; i++) {
         memcpy(&fd, CMSG_DATA(control) + i * sizeof fd, sizeof fd);
-        kept = message->nfds < FDP_MAX_FDS && plat_born(fd) == 0 ? fd : -1;
+        kept = message->nfds < room && plat_born(fd) == 0 ? fd : -1;
         /* A process whose stdin is closed would receive it as number 0, and print into it later. */
         if (kept >= 0 && kept < FDP_FIRST_FD)
             kept = fdp_adopt(kept);
@@ -72,7 +80,8 @@ static void take_rights(const struct cmsghdr *control, fdp_message *message) {
     }
 }
 
-ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
+/* One recvmsg, whose descriptors are added to those in message; everything else there is this receive's. */
+static ssize_t receive(int sock, char *buffer, size_t size, int flags, fdp_message *message, uid_t self) {
     union {
         struct cmsghdr align;
         char bytes[CONTROL_ROOM];
@@ -84,8 +93,9 @@ ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *me
     ssize_t got;
     int stray;
 
-    message->nfds = 0;
+    message->received = 0;
     message->dropped = 0;
+    message->own = 0;
     message->has_credentials = 0;
     message->address_size = 0;
     memset(&header, 0, sizeof header);
@@ -98,6 +108,7 @@ ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *me
     got = recvmsg(sock, &header, flags | plat_recv_flags());
     if (got < 0)
         return -errno;
+    message->received = (int)got;
     /* The kernel echoes our own MSG_CMSG_CLOEXEC; the caller asked for no such thing. */
     message->msg_flags = header.msg_flags & ~plat_recv_flags();
     if (header.msg_namelen)
@@ -112,12 +123,50 @@ ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *me
     }
     if (!message->has_credentials)
         plat_peer_credentials(sock, message);
+    /* Without a pid, 65534 is what the kernel writes for a sender that it does not know. */
+    message->own = message->has_credentials && message->uid == self && (message->pid || message->uid != 65534);
     /* With this much room the flag has two causes left: no free descriptor number, or a security module said no.
      * The kernel installs what fits, delivers the payload and tells in no other way. */
     if (header.msg_flags & MSG_CTRUNC)
         message->dropped = 1;
     message->plain = message->dropped || message->msg_flags || message->address_size ? -1 : message->nfds;
     return got;
+}
+
+ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
+    message->nfds = 0;
+    return receive(sock, buffer, size, flags, message, getuid());
+}
+
+static unsigned long long number_at(const char *bytes, size_t size) {
+    unsigned long long number = 0;
+    while (size--)
+        number = number << 8 | (unsigned char)*bytes++;
+    return number;
+}
+
+ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
+    uid_t self = getuid();
+    ssize_t more, got;
+    unsigned long long payload;
+    int own, has_credentials;
+
+    message->nfds = 0;
+    got = receive(sock, buffer, FDP_HEADER, flags, message, self);
+    own = message->own, has_credentials = message->has_credentials;
+    if (got != FDP_HEADER || message->dropped || number_at(buffer + 4, 4) != (unsigned long long)message->nfds || (has_credentials && !own))
+        return got;
+    payload = number_at(buffer + 8, 8);
+    if (!payload || payload > size - FDP_HEADER)
+        return got;
+    /* Sent in one piece it is there. Where it is not, whoever calls waits, which takes the clock and the signals of Python. */
+    more = receive(sock, buffer + FDP_HEADER, (size_t)payload, flags | MSG_DONTWAIT, message, self);
+    if (more <= 0)
+        more = 0, message->own = own;
+    message->own = message->own && own;
+    message->has_credentials = message->has_credentials && has_credentials;
+    message->received = (int)(got + more);
+    return message->received;
 }
 
 void fdp_message_close(fdp_message *message) {

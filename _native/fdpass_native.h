@@ -12,6 +12,7 @@
 /* cffi: begin */
 enum {
     FDP_MAX_FDS = 253,  /* SCM_MAX_FD of Linux: one more is a bare EINVAL */
+    FDP_HEADER = 16,    /* bytes of a channel's frame header; docs/wire.md has them */
     FDP_FIRST_FD = 3,   /* no descriptor of ours is ever stdin, stdout or stderr */
     FDP_ADDRESS_MAX = 112
 };
@@ -25,13 +26,15 @@ typedef struct {
     int plain;            /* nfds when dropped, msg_flags and address_size are all 0 and need not be read, else -1 */
     int dropped;          /* 1: the kernel (or the lack of a free number) kept descriptors back */
     int msg_flags;        /* MSG_TRUNC, MSG_EOR ... as the kernel set them */
+    int received;         /* bytes of the last receive, 0 while nothing has come */
+    int own;              /* 1: has_credentials, and they are those of this process's real uid */
     int has_credentials;  /* 1: pid, uid and gid are the kernel's word about this message's sender */
     int pid;
     unsigned int uid;
     unsigned int gid;
     int address_size;     /* bytes of address in use, 0 when the sender has no name */
     char address[112];    /* sun_path of the sender */
-    int fds[253];
+    int fds[506];         /* of two receives at most: see fdp_recv_frame */
 } fdp_message;
 
 typedef struct {
@@ -50,10 +53,19 @@ ssize_t fdp_send(int sock, const char *data, size_t size, const int *fds, int nf
  * Ownership: borrows sock and fd, on success and on failure; they stay the caller's. */
 ssize_t fdp_send_one(int sock, const char *data, size_t size, int fd, int flags);
 
+/* fdp_send, which refuses to send sock itself or what it is connected to with -ELOOP; ends as for fdp_find_end, NULL: all may go.
+ * Ownership: as fdp_send. */
+ssize_t fdp_send_frame(int sock, const char *data, size_t size, const int *fds, int nfds, int flags, unsigned long long *ends);
+
 /* Receives into buffer; returns the bytes that came. Every descriptor is close-on-exec and numbered 3 or higher.
  * Ownership: borrows sock. On success message->fds[0..nfds-1] are the caller's, to take or to give to fdp_message_close;
  * on failure nothing was received and nfds is 0. Descriptors that the caller has no name for (SCM_PIDFD) are closed here. */
 ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *message);
+
+/* Receives a channel's frame header, and at once what of the payload is there already, as far as buffer holds it; never a byte beyond
+ * the frame. Only the header when descriptors are missing, or another uid sent it. `own` goes for all of it.
+ * Ownership: as fdp_recv. */
+ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_message *message);
 
 /* Closes what is left in the message and sets nfds to 0.
  * Ownership: consumes message->fds[0..nfds-1] except those that are -1. */
@@ -83,6 +95,23 @@ int fdp_wait(int fd, int writing, int timeout_ms);
 /* Asks the kernel to attach the sender's credentials to every message that sock receives.
  * Ownership: borrows sock. */
 int fdp_ask_credentials(int sock);
+
+/* Asks the kernel to refuse messages with descriptors on their sender's side (SO_PASSRIGHTS off, Linux 6.16). Returns 1 when it will,
+ * 0 where it knows no such thing.
+ * Ownership: borrows sock. */
+int fdp_refuse_rights(int sock);
+
+/* The place of the first descriptor that is sock itself or the socket it is connected to, or nfds. ends[0] and ends[1] keep what the
+ * kernel calls the two, 0 while unknown.
+ * Ownership: borrows sock and every fds[i]. */
+int fdp_find_end(int sock, const int *fds, int nfds, unsigned long long *ends);
+
+/* Maps the first size bytes of a file privately: what is written there stays in this process. Returns 0 and *memory.
+ * Ownership: borrows fd, the mapping needs it no longer; *memory is the caller's, for fdp_unmap. */
+int fdp_map(int fd, size_t size, char **memory);
+
+/* Ends a mapping. Ownership: consumes memory. */
+void fdp_unmap(char *memory, size_t size);
 
 /* Starts a thread that never needs the interpreter: when the process behind pidfd ends, or the peer of channel closes,
  * it sends SIGTERM to this process, and after grace_ms milliseconds ends it with _exit(143). Either descriptor may be -1.

@@ -12,6 +12,10 @@
 #include <unistd.h>
 
 #if defined(__linux__)
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
+#include <linux/sock_diag.h>
+#include <linux/unix_diag.h>
 #include <sys/random.h>
 #endif
 
@@ -52,6 +56,54 @@ int plat_pair(int type, int *ends) {
 int plat_ask_credentials(int sock) {
     int on = 1;
     return setsockopt(sock, SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0 ? -errno : 0;
+}
+
+int plat_refuse_rights(int sock) {
+    enum { PASSRIGHTS = 83 }; /* SO_PASSRIGHTS, which the headers of most systems do not have yet */
+    int off = 0;
+    if (setsockopt(sock, SOL_SOCKET, PASSRIGHTS, &off, sizeof off) == 0)
+        return 1;
+    return errno == ENOPROTOOPT || errno == EOPNOTSUPP ? 0 : -errno;
+}
+
+int plat_peer_inode(int sock, unsigned long long inode, unsigned long long *peer) {
+    struct {
+        struct nlmsghdr head;
+        struct unix_diag_req body;
+    } request = {
+        .head = {.nlmsg_len = sizeof request, .nlmsg_type = SOCK_DIAG_BY_FAMILY, .nlmsg_flags = NLM_F_REQUEST},
+        .body = {.sdiag_family = AF_UNIX, .udiag_states = ~0U, .udiag_show = UDIAG_SHOW_PEER, .udiag_cookie = {~0U, ~0U}},
+    };
+    union {
+        struct nlmsghdr head;
+        char bytes[1024];
+    } answer;
+    const struct rtattr *attribute;
+    ssize_t got = -1;
+    size_t left;
+    uint32_t number;
+    int result = 0, diagnosis = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+
+    (void)sock;
+    if (diagnosis < 0)
+        return -errno;
+    request.body.udiag_ino = (uint32_t)inode;
+    /* The kernel answers while it is being asked: nothing to wait for. */
+    if (send(diagnosis, &request, sizeof request, 0) < 0 || (got = recv(diagnosis, &answer, sizeof answer, MSG_DONTWAIT)) < 0)
+        result = -errno;
+    close(diagnosis);
+    if (result < 0)
+        return result;
+    if (!NLMSG_OK(&answer.head, (size_t)got) || answer.head.nlmsg_type != SOCK_DIAG_BY_FAMILY)
+        return -ENOENT;
+    left = answer.head.nlmsg_len - NLMSG_LENGTH(sizeof(struct unix_diag_msg));
+    attribute = (const struct rtattr *)(const void *)((const char *)NLMSG_DATA(&answer.head) + NLMSG_ALIGN(sizeof(struct unix_diag_msg)));
+    for (; RTA_OK(attribute, left); attribute = RTA_NEXT(attribute, left))
+        if (attribute->rta_type == UNIX_DIAG_PEER) {
+            memcpy(&number, RTA_DATA(attribute), sizeof number);
+            *peer = number;
+        }
+    return 0;
 }
 
 int plat_read_credentials(const struct cmsghdr *control, fdp_message *message) {
@@ -123,6 +175,18 @@ int plat_pair(int type, int *ends) {
 int plat_ask_credentials(int sock) {
     (void)sock;
     return 0;
+}
+
+int plat_refuse_rights(int sock) {
+    (void)sock;
+    return 0;
+}
+
+int plat_peer_inode(int sock, unsigned long long inode, unsigned long long *peer) {
+    (void)sock;
+    (void)inode;
+    (void)peer;
+    return -EOPNOTSUPP;
 }
 
 int plat_read_credentials(const struct cmsghdr *control, fdp_message *message) {

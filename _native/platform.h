@@ -23,6 +23,13 @@ int plat_pair(int type, int *ends);
  * Ownership: borrows sock. */
 int plat_ask_credentials(int sock);
 
+/* See fdp_refuse_rights. Ownership: borrows sock. */
+int plat_refuse_rights(int sock);
+
+/* What fstat calls the socket that sock, itself called `inode`, is connected to. -errno where the system does not tell; 0: none yet.
+ * Ownership: borrows sock. */
+int plat_peer_inode(int sock, unsigned long long inode, unsigned long long *peer);
+
 /* Fills message's credentials if this control message carries them; returns 1 when it did.
  * Ownership: none. */
 int plat_read_credentials(const struct cmsghdr *control, fdp_message *message);

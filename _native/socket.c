@@ -1,4 +1,4 @@
-/* Sockets and descriptors as such: pairs, duplicates, what a descriptor is, waiting. Nothing here sends or receives. */
+/* Sockets and descriptors as such: pairs, duplicates, what a descriptor is, waiting, mapping. Nothing here sends or receives. */
 #define _GNU_SOURCE 1
 
 #include "platform.h"
@@ -7,6 +7,8 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 int fdp_dup(int fd) {
@@ -29,6 +31,38 @@ int fdp_adopt(int fd) {
 }
 
 int fdp_ask_credentials(int sock) { return plat_ask_credentials(sock); }
+
+int fdp_refuse_rights(int sock) { return plat_refuse_rights(sock); }
+
+int fdp_find_end(int sock, const int *fds, int nfds, unsigned long long *ends) {
+    struct stat status;
+    int i;
+    if (!ends[0]) {
+        if (fstat(sock, &status) < 0)
+            return -errno;
+        ends[0] = status.st_ino;
+    }
+    for (i = 0; i < nfds; i++) {
+        /* One that is not open is the business of whoever sends it. */
+        if (fstat(fds[i], &status) < 0 || !S_ISSOCK(status.st_mode))
+            continue;
+        if (!ends[1] && plat_peer_inode(sock, ends[0], &ends[1]) < 0)
+            ends[1] = ~0ULL;
+        if (status.st_ino == ends[0] || status.st_ino == ends[1])
+            return i;
+    }
+    return nfds;
+}
+
+int fdp_map(int fd, size_t size, char **memory) {
+    void *mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+    if (mapped == MAP_FAILED)
+        return -errno;
+    *memory = mapped;
+    return 0;
+}
+
+void fdp_unmap(char *memory, size_t size) { munmap(memory, size); }
 
 int fdp_pair(int type, int *ends) {
     int pair[2], result, i;

@@ -26,6 +26,7 @@ from fdpass.fds import OwnedFd
 from fdpass.limits import raise_fd_limit
 
 if TYPE_CHECKING:
+    from fdpass import aio as aio
     from fdpass._store import store_stats
     from fdpass.channel import Channel, Pipe
     from fdpass.completion import wait_for_completion_or_failure
@@ -76,6 +77,7 @@ _LATER = {
     "Pipe": "channel",
     "SocketHandle": "handles",
     "WorkerGroup": "workers",
+    "aio": "aio",
     "get_context": "start",
     "listen": "endpoint",
     "register": "reduction",
@@ -89,13 +91,15 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'fdpass' has no attribute {name!r}")
-    value = getattr(import_module(f"fdpass.{_LATER[name]}"), name)
+    value: Any = import_module(f"fdpass.{_LATER[name]}")
+    if name != _LATER[name]:
+        value = getattr(value, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_LATER})
 
 
 def _reduce_owned(owned: OwnedFd) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import pickle
 import sys
 import weakref
 from contextvars import ContextVar
@@ -43,7 +42,8 @@ def carry(fd: int, what: str, claims: int = 1) -> Token:
     popen = spawning_popen() if frame is None else None
     if frame is None and popen is None:
         return "ticket", *_store.put(fd, what, claims)
-    if fd < 0 or kind_of(fd) == "not open":
+    # A frame leaves it to the kernel whether the number is open: it looks at each before it takes a byte.
+    if fd < 0 or (frame is None and kind_of(fd) == "not open"):
         raise ValueError(f"{what} is closed: it has no descriptor to pass on")
     if frame is not None:
         frame.append(fd)
@@ -53,30 +53,21 @@ def carry(fd: int, what: str, claims: int = 1) -> Token:
 
 def claim(token: Token) -> OwnedFd:
     """The descriptor behind a token, owned by the caller. Raises TicketError, PeerRefusedError, DescriptorsLostError, OSError."""
+    if token[0] == "frame":
+        owners, place = incoming.get(), token[1]
+        if owners is None:
+            raise TicketError("this descriptor travelled in a frame of a channel and can be loaded only by Channel.recv()")
+        owned = owners[place] if place < len(owners) else None
+        if owned is None:
+            raise TicketError(f"descriptor {place} of this frame was claimed already")
+        owners[place] = None
+        return owned
     kind, *rest = token
     if kind == "ticket":
         return _claims.claim(*rest)
-    if kind == "frame":
-        owners = incoming.get()
-        if owners is None:
-            raise TicketError("this descriptor travelled in a frame of a channel and can be loaded only by Channel.recv()")
-        owned = owners[rest[0]] if rest[0] < len(owners) else None
-        if owned is None:
-            raise TicketError(f"descriptor {rest[0]} of this frame was claimed already")
-        owners[rest[0]] = None
-        return owned
     if kind in ("number", "index", "ride"):
         return _claim_inherited(kind, *rest)
     raise TicketError(f"a descriptor's token of unknown kind {kind!r}")
-
-
-class InBandPickler(pickle.Pickler):
-    """Pickles what goes into a frame: sockets and connections too, whose own pickling knows nothing of frames."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        """The reducer of a raw socket or connection; everything else pickles as it always does."""
-        reducer = raw_reducer(type(obj))
-        return NotImplemented if reducer is None else reducer(obj)
 
 
 #: Filled by the file that knows the types: (class, or "module.name" of one that need not be loaded) -> reducer.

@@ -55,7 +55,7 @@ def wait(fd: int, writing: bool, deadline: float | None, what: str) -> None:
 
 
 #: Places of fdp_message's fields in Scratch.ints.
-PLAIN, FIRST = ffi.offsetof("fdp_message", "plain") // 4, ffi.offsetof("fdp_message", "fds") // 4
+PLAIN, RECEIVED, OWN, FIRST = (ffi.offsetof("fdp_message", name) // 4 for name in ("plain", "received", "own", "fds"))
 
 
 class Scratch:
@@ -93,6 +93,9 @@ def numbers(message: Any) -> list[int]:
 
 #: One sendmsg or recvmsg, nothing else: a count or -errno. A negative one goes to settle() with the call to repeat.
 send_once, send_one_once, recv_once = lib.fdp_send, lib.fdp_send_one, lib.fdp_recv
+send_frame_once, recv_frame_once = lib.fdp_send_frame, lib.fdp_recv_frame
+#: Where no ends() are to be refused.
+NO_ENDS = ffi.NULL
 
 
 def settle(code: int, again: Callable[[], int], fd: int, writing: bool, flags: int, timeout: float | None, what: str) -> int:
@@ -198,6 +201,40 @@ def ask_credentials(fd: int) -> None:
     code = lib.fdp_ask_credentials(fd)
     if code < 0:
         fail(code, f"asking for credentials on descriptor {fd}")
+
+
+def refuse_rights(fd: int) -> bool:
+    """SO_PASSRIGHTS off; whether the system knows it. Raises OSError."""
+    code = lib.fdp_refuse_rights(fd)
+    if code < 0:
+        fail(code, f"refusing descriptors on descriptor {fd}")
+    return bool(code)
+
+
+_ends = ffi.typeof("unsigned long long[2]")
+
+
+def ends() -> Any:
+    """What find_end() remembers of one socket."""
+    return ffi.new(_ends)
+
+
+def find_end(sock: int, fds: Sequence[int], ends: Any) -> int:
+    """The place of the first of fds that is sock itself or what it is connected to, len(fds) when there is none. Raises OSError."""
+    place: int = lib.fdp_find_end(sock, fds, len(fds), ends)
+    if place < 0:
+        fail(place, f"asking which socket descriptor {sock} is")
+    return place
+
+
+def map_privately(fd: int, size: int) -> memoryview:
+    """The first size bytes of a file as memory that is written by nobody else. It lives as long as somebody looks at it. Raises OSError."""
+    place = ffi.new("char **")
+    code = lib.fdp_map(fd, size, place)
+    if code < 0:
+        fail(code, f"mapping {size} bytes of descriptor {fd}")
+    memory = ffi.gc(place[0], lambda start: lib.fdp_unmap(start, size), size)
+    return memoryview(ffi.buffer(memory, size)).cast("B")
 
 
 def probe(fd: int) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _socket
+import errno
 import os
 import stat
 import sys
 import warnings
+from _socket import getdefaulttimeout
 from itertools import repeat
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 _close = os.close
+#: Whether a descriptor alone is enough to make a socket object from.
+_DESCRIBES_ITSELF = hasattr(_socket, "SO_PROTOCOL")
 
 
 class OwnedFd:
@@ -61,13 +66,16 @@ class OwnedFd:
         """Another owner of the same open file description. Raises ClosedError, OSError."""
         return _own(_syscall.dup(self._open("duplicate")))
 
-    def to_socket(self) -> socket.socket:
+    def to_socket(self, expect: Expected | None = None) -> socket.socket:
         """Hands the descriptor over to a socket object, whose family, type and protocol are the kernel's word.
 
         The socket's timeout follows the description: 0.0 where it is non-blocking, else None; its flags are not touched.
-        Raises WrongDescriptorError when it is no socket (the descriptor then stays here), ClosedError, OSError.
+        expect: (family, type, listening) that it must have, None for any; if it has not, the descriptor is closed.
+        Raises WrongDescriptorError when it is no socket (without expect the descriptor then stays here), ClosedError, OSError.
         """
         fd = self._open("turn into a socket")
+        if expect is not None:
+            insist(self, expect)
         info = _syscall.probe(fd)
         if info is None:
             actual = kind_of(fd)
@@ -138,24 +146,70 @@ def take(scratch: _syscall.Scratch) -> list[OwnedFd]:
     return taken
 
 
-def socket_from(owned: OwnedFd, info: Any, cls: type[socket.socket] | None = None) -> socket.socket:
-    """A socket object that takes owned's descriptor, described by info; its timeout says what the description's flag says."""
+def socket_from(owned: OwnedFd, info: Any = None, cls: type[socket.socket] | None = None) -> socket.socket:
+    """A socket object that takes owned's descriptor; its timeout says what the description's flag says.
+
+    info: where it was asked for already; else the kernel is asked here. Raises OSError (ENOTSOCK); owned then keeps it.
+    """
     import socket
 
+    fd = owned._fd
+    blocking = os.get_blocking(fd)
+    if info is None and _DESCRIBES_ITSELF and getdefaulttimeout() is None:
+        # The constructor asks for all three, in C.
+        family = kind = protocol = -1
+    else:
+        info = _syscall.probe(fd) if info is None else info
+        if info is None:
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+        # SOCK_NONBLOCK keeps the constructor from applying socket.setdefaulttimeout(), which would flip O_NONBLOCK for every holder.
+        family, kind, protocol = info.family, info.type | getattr(socket, "SOCK_NONBLOCK", 0), info.protocol
     sock = (cls or socket.socket).__new__(cls or socket.socket)
-    # SOCK_NONBLOCK keeps the constructor from applying socket.setdefaulttimeout(), which would flip O_NONBLOCK for every holder.
-    kind = info.type | getattr(socket, "SOCK_NONBLOCK", 0)
     # Released first: a Ctrl-C between the two may then lose the number, but never have it closed twice.
-    fd = owned.release()
+    owned._fd = -1
     try:
-        socket.socket.__init__(sock, info.family, kind, info.protocol, fileno=fd)
+        socket.socket.__init__(sock, family, kind, protocol, fd)
     except BaseException:
         if sock.fileno() < 0:
             owned._fd = fd
         raise
-    if not info.nonblocking:
-        sock.setblocking(True)
+    if (sock.gettimeout() is None) != blocking:
+        sock.setblocking(blocking)
     return sock
+
+
+#: Family, type and whether it listens; None stands for any.
+Expected = tuple[int | None, int | None, bool | None]
+
+
+def insist(owned: OwnedFd, expect: Expected) -> None:
+    """Raises WrongDescriptorError, and closes owned, unless it is a socket of this family and type that listens or does not.
+
+    Raises TypeError for what is not such a tuple, OSError.
+    """
+    if not isinstance(expect, tuple) or len(expect) != 3:
+        raise TypeError(f"expect is a tuple (family, type, listening), with None for any, not {expect!r}")
+    info = _syscall.probe(owned.fileno())
+    actual = None if info is None else (info.family, info.type, bool(info.listening))
+    if actual is not None and all(wanted is None or wanted == found for wanted, found in zip(expect, actual, strict=True)):
+        return
+    wanted, found = _in_words(expect), kind_of(owned.fileno()) if actual is None else _in_words(actual)
+    owned.close()
+    raise WrongDescriptorError(f"{wanted} was expected, {found} arrived; it was closed", wanted, found)
+
+
+def _in_words(expect: Expected) -> str:
+    import socket
+
+    family, kind, listening = expect
+    words = [
+        enum(number).name if number in list(enum) else str(number)
+        for number, enum in ((family, socket.AddressFamily), (kind, socket.SocketKind))
+        if number is not None
+    ]
+    if listening is not None:
+        words.append("listening" if listening else "not listening")
+    return f"a socket ({', '.join(words)})" if words else "a socket"
 
 
 def kind_of(fd: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 from operator import methodcaller
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdpass import _carriers, _syscall
 from fdpass.errors import ClosedError, TicketError, WrongDescriptorError
-from fdpass.fds import OwnedFd, _own, kind_of, socket_from
+from fdpass.fds import Expected, OwnedFd, _own, insist, kind_of, socket_from
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -44,12 +45,16 @@ class SocketHandle:
         self._claims, self._timeout = claims, sock.gettimeout()
         self._fd = _own(_syscall.dup(sock.fileno()))
 
-    def open(self) -> socket.socket:
+    def open(self, expect: Expected | None = None) -> socket.socket:
         """The socket, which owns the handle's descriptor from now on: a handle opens once.
 
-        Raises TicketError when it was opened already, ClosedError after close().
+        expect: (family, type, listening) that it must have, None for any: for a handle that came from somebody else.
+        Raises TicketError when it was opened already, ClosedError after close(), WrongDescriptorError when it is not what was expected:
+        the handle is then closed.
         """
         self._fileno("open")
+        if expect is not None:
+            insist(self._fd, expect)
         sock = _socket_of(self._fd, self._timeout)
         self._opened = True
         return sock
@@ -105,11 +110,13 @@ def _socket_of(owned: OwnedFd, timeout: float | None, cls: type[socket.socket] |
 
     A timeout goes with O_NONBLOCK, which belongs to every holder: where they disagree the flag wins, it is never changed here.
     """
-    info = _syscall.probe(owned.fileno())
-    if info is None:
-        raise _wrong(owned)
-    sock = socket_from(owned, info, cls)
-    if timeout and info.nonblocking:
+    try:
+        sock = socket_from(owned, None, cls)
+    except OSError as error:
+        if error.errno == errno.ENOTSOCK:
+            raise _wrong(owned) from None
+        raise
+    if timeout and sock.gettimeout() == 0.0:
         sock.settimeout(timeout)
     return sock
 
@@ -132,10 +139,10 @@ def refuse_tls(sock: socket.socket) -> None:
 
 def reduce_socket(sock: socket.socket) -> Reduced:
     """The reducer of socket.socket and its subclasses; a subclass comes back as itself, with its __dict__, its __init__ not run."""
+    if type(sock) is socket.socket:
+        return rebuild_socket, (_carriers.carry(sock.fileno(), "socket"), sock.gettimeout())
     refuse_tls(sock)
     token = _carriers.carry(sock.fileno(), type(sock).__name__)
-    if type(sock) is socket.socket:
-        return rebuild_socket, (token, sock.gettimeout())
     return rebuild_socket, (token, sock.gettimeout(), type(sock), getattr(sock, "__dict__", None) or None)
 
 

@@ -55,7 +55,9 @@ def test_one_byte_wrong(place, kind, size, fds, flip):
         (b"GET / HTTP/1.1\r\n", r"not a frame: it starts with b'GE'"),
         (b"fd" + bytes([2, 0]) + bytes(12), r"version 2 .* this side version 1"),
         (b"fd" + bytes([0, 0]) + bytes(12), r"version 0"),
-        (b"fd" + bytes([1, 2]) + bytes(12), r"unknown kind 2"),
+        (b"fd" + bytes([1, 3]) + bytes(12), r"unknown kind 3"),
+        (_frames.encode(_frames.OBJECT_AND_MEMORY, 20, 0), r"memory file announces 0 descriptors"),
+        (_frames.encode(_frames.OBJECT_AND_MEMORY, 3, 1), r"memory file announces 1 descriptors and 3 bytes"),
         (_frames.encode(_frames.DATA, 1 << 62, 0), r"payload of 4611686018427387904 bytes; this end takes 1073741824"),
         (_frames.encode(_frames.DATA, 0, 0xFFFFFFFF), r"announces 4294967295 descriptors; this end takes 16384"),
     ],
@@ -71,7 +73,7 @@ def test_garbage_is_a_protocol_error_or_a_header_and_nothing_else(raw):
         header = decode(raw)
     except ProtocolError:
         return
-    assert header.kind in (_frames.DATA, _frames.OBJECT)
+    assert header.kind in (_frames.DATA, _frames.OBJECT, _frames.OBJECT_AND_MEMORY)
     assert 0 <= header.size <= _frames.MAX_SIZE
     assert 0 <= header.fds <= _frames.MAX_FDS
     assert _frames.encode(header.kind, header.size, header.fds) == raw

@@ -18,14 +18,15 @@ FLOORS = [
     {"fdpass.errors", "fdpass._native"},
     {"fdpass._syscall", "fdpass._frames"},
     {"fdpass.fds"},
-    {"fdpass.limits", "fdpass._board"},
+    {"fdpass.limits", "fdpass._board", "fdpass._memory"},
     {"fdpass.ancillary", "fdpass._store"},
     {"fdpass._claims"},
     {"fdpass._carriers", "fdpass.start", "fdpass.endpoint"},
     {"fdpass.handles"},
+    {"fdpass._transit"},
     {"fdpass.channel"},
-    {"fdpass.listener", "fdpass.reduction"},
-    {"fdpass.strategies.shared", "fdpass.strategies.reuseport"},
+    {"fdpass.listener", "fdpass.reduction", "fdpass.aio.channel"},
+    {"fdpass.strategies.shared", "fdpass.strategies.reuseport", "fdpass.aio"},
     {"fdpass.strategies", "fdpass._launch"},
     {"fdpass._worker"},
     {"fdpass.workers"},
@@ -203,6 +204,17 @@ def test_every_public_name_is_there_and_starts_nothing(after, name):
     found = after(f"import fdpass; fdpass.{name}; assert {name!r} in dir(fdpass)")
     assert (found["threads"], found["children"], found["descriptors"]) == (1, [], [])
     assert set(found["modules"]) & {"asyncio", "click", "rich", "psutil", "fdpass_bench"} == set()
+
+
+def test_asyncio_comes_with_fdpass_aio_and_not_before(after):
+    assert "asyncio" not in after("import fdpass, fdpass.workers, fdpass.channel")["modules"]
+    found = after("import fdpass; assert 'aio' in dir(fdpass); fdpass.aio.AsyncChannel(fdpass.Pipe()[0]).close()")
+    assert "asyncio" in found["modules"]
+    assert (found["threads"], found["children"], found["descriptors"]) == (1, [], [])
+    assert set(found["modules"]) & {"uvloop", "click", "rich", "psutil", "fdpass_bench"} == set()
+    assert fdpass.aio.__all__ == sorted(fdpass.aio.__all__)
+    for name in fdpass.aio.__all__:
+        assert getattr(fdpass.aio, name).__doc__
 
 
 def test_the_public_surface():
