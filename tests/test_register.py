@@ -4,7 +4,6 @@ import copyreg
 import multiprocessing
 import os
 import pickle
-import socket
 import ssl
 import subprocess
 import sys
@@ -23,10 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # store_targets.py, by name, her
 import store_targets
 
 METHODS = ["fork", "spawn", "forkserver"]
-
-
-class Mine(socket.socket):
-    """A socket class of somebody's own."""
 
 
 def places():
@@ -126,7 +121,7 @@ def test_executors_and_pools(store, as_found, unix_pair, method):
     # A program of its own would not see what is left here: nothing.
     context = multiprocessing.get_context(method)
     near, far = unix_pair
-    mine = Mine(fileno=os.dup(near.fileno()))
+    mine = store_targets.Mine(fileno=os.dup(near.fileno()))
     closed, closed_handle = near.dup(), fdpass.SocketHandle(near)
     closed.close()
     closed_handle.close()
