@@ -280,14 +280,20 @@ class Outgoing:
             raise ValueError(f"descriptor {self.fds[place]} ({place + 1} of {len(self.fds)}) is an end of this channel{_LOOP}")
 
     def hold(self) -> None:
-        """Duplicates the descriptors, which may then be closed before the frame has gone; before the first byte. Raises OSError."""
-        assert not self.started
+        """What has not gone yet is the frame's own from now on: its descriptors may be closed, its data changed. Raises OSError."""
         own = self._own = [*self._own]
-        for place in range(len(self.fds)):
-            own.append(_own(_syscall.dup(self.fds[place])))
-        copies = iter(own[-len(self.fds) :])
-        for numbers in [self._numbers, *(numbers for _, numbers in reversed(self._parts))]:
-            numbers[:] = [next(copies).fileno() for _ in numbers]
+        parts: list[tuple[Any, list[int]]] = []
+        for data, numbers in [*self._parts, (self._data, self._numbers)]:
+            copies = []
+            for number in numbers:
+                own.append(_own(_syscall.dup(number)))
+                copies.append(own[-1].fileno())
+            # What was pickled is nobody else's, and bytes do not change.
+            if self._pickler is None and type(data) is memoryview and type(data.obj) is not bytes:
+                data = bytes(data)
+            parts.append((data, copies))
+        self._data, self._numbers = parts.pop()
+        self._parts = parts
 
     def send_once(self, fd: int, flags: int = 0, ends: Any = _syscall.NO_ENDS) -> int:
         """One sendmsg: the bytes that went, or -errno. With ends a frame of one batch does as refuse_ends()."""

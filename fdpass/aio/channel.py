@@ -19,7 +19,7 @@ from fdpass._frames import BATCH
 from fdpass.channel import Channel
 from fdpass.endpoint import PATH_MAX, listen
 from fdpass.errors import BrokenChannelError, ClosedError, EndOfChannel
-from fdpass.fds import OwnedFd, _own
+from fdpass.fds import OwnedFd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -156,7 +156,7 @@ class AsyncChannel:
         """Its sender was cancelled: the frame is withdrawn, or made independent of what the sender does with its data and descriptors."""
         if frame.started:
             try:
-                _hold(frame)
+                frame.hold()
                 return
             except Exception as error:
                 self._channel._broken = BrokenChannelError(f"a frame broke off when its sender was cancelled: {error}")
@@ -346,23 +346,6 @@ class AsyncChannel:
 
 
 _carriers.raw_reducers[AsyncChannel] = methodcaller("__reduce__")
-
-
-def _hold(frame: _transit.Outgoing) -> None:
-    """What has not gone yet is the frame's own from now on: its descriptors may be closed, its data changed. Raises OSError."""
-    own = frame._own = [*frame._own]
-    parts: list[tuple[Any, list[int]]] = []
-    for data, numbers in [*frame._parts, (frame._data, frame._numbers)]:
-        copies = []
-        for number in numbers:
-            own.append(_own(_syscall.dup(number)))
-            copies.append(own[-1].fileno())
-        # What was pickled is nobody else's, and bytes do not change.
-        if frame._pickler is None and type(data) is memoryview and type(data.obj) is not bytes:
-            data = bytes(data)
-        parts.append((data, copies))
-    frame._data, frame._numbers = parts.pop()
-    frame._parts = parts
 
 
 def _take_over(channel: Channel, terms: dict[str, Any]) -> Channel:
