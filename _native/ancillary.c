@@ -149,24 +149,28 @@ ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_messa
     uid_t self = getuid();
     ssize_t more, got;
     unsigned long long payload;
-    int own, has_credentials;
+    int announced, own, has_credentials;
 
     message->nfds = 0;
+    message->frame = -1;
     got = receive(sock, buffer, FDP_HEADER, flags, message, self);
     own = message->own, has_credentials = message->has_credentials;
-    if (got != FDP_HEADER || message->dropped || number_at(buffer + 4, 4) != (unsigned long long)message->nfds || (has_credentials && !own))
+    announced = message->nfds;
+    if (got != FDP_HEADER || message->dropped || number_at(buffer + 4, 4) != (unsigned long long)announced || (has_credentials && !own))
         return got;
     payload = number_at(buffer + 8, 8);
-    if (!payload || payload > size - FDP_HEADER)
-        return got;
-    /* Sent in one piece it is there. Where it is not, whoever calls waits, which takes the clock and the signals of Python. */
-    more = receive(sock, buffer + FDP_HEADER, (size_t)payload, flags | MSG_DONTWAIT, message, self);
-    if (more <= 0)
-        more = 0, message->own = own;
-    message->own = message->own && own;
-    message->has_credentials = message->has_credentials && has_credentials;
-    message->received = (int)(got + more);
-    return message->received;
+    if (payload && payload <= size - FDP_HEADER) {
+        /* Sent in one piece it is there. Where it is not, whoever calls waits, which takes the clock and the signals of Python. */
+        more = receive(sock, buffer + FDP_HEADER, (size_t)payload, flags | MSG_DONTWAIT, message, self);
+        if (more <= 0)
+            more = 0, message->own = own;
+        message->own = message->own && own;
+        message->has_credentials = message->has_credentials && has_credentials;
+        message->received = (int)(got += more);
+    }
+    if (message->plain == announced && (unsigned long long)(got - FDP_HEADER) == payload && memcmp(buffer, "fd\1", 3) == 0)
+        message->frame = (unsigned char)buffer[3];
+    return got;
 }
 
 void fdp_message_close(fdp_message *message) {

@@ -24,6 +24,7 @@ enum {
 typedef struct {
     int nfds;
     int plain;            /* nfds when dropped, msg_flags and address_size are all 0 and need not be read, else -1 */
+    int frame;            /* after fdp_recv_frame: the kind of a frame that came whole with what its header announces, else -1 */
     int dropped;          /* 1: the kernel (or the lack of a free number) kept descriptors back */
     int msg_flags;        /* MSG_TRUNC, MSG_EOR ... as the kernel set them */
     int received;         /* bytes of the last receive, 0 while nothing has come */

@@ -55,7 +55,7 @@ def wait(fd: int, writing: bool, deadline: float | None, what: str) -> None:
 
 
 #: Places of fdp_message's fields in Scratch.ints.
-PLAIN, RECEIVED, OWN, FIRST = (ffi.offsetof("fdp_message", name) // 4 for name in ("plain", "received", "own", "fds"))
+PLAIN, FRAME, RECEIVED, OWN, FIRST = (ffi.offsetof("fdp_message", name) // 4 for name in ("plain", "frame", "received", "own", "fds"))
 
 
 class Scratch:

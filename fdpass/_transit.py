@@ -6,12 +6,13 @@ One system call at a time, never a wait: whoever calls knows how to wait.
 from __future__ import annotations
 
 import _socket
+import copyreg
 import os
 import pickle
 from contextlib import ExitStack
 from errno import ELOOP
+from operator import methodcaller
 from socket import socket as Socket
-from types import FunctionType as _Function
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _carriers, _frames, _memory, _syscall
@@ -27,7 +28,7 @@ from fdpass.errors import (
 from fdpass.fds import OwnedFd, _own, kind_of, take
 
 # Its import also fills in the reducers for raw sockets and connections, which sending relies on.
-from fdpass.handles import refuse_tls
+from fdpass.handles import rebuild_socket, refuse_tls
 from fdpass.limits import lost_reason
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ _NO_UID = 65534
 _LOOP = ": waiting inside itself it could never be received, nor closed"
 
 _pool, _Scratch, _POOLED, _HEADER = _syscall.pool, _syscall.Scratch, _syscall.POOLED, _frames.HEADER_SIZE
-_PLAIN, _RECEIVED, _OWN, _FIRST = _syscall.PLAIN, _syscall.RECEIVED, _syscall.OWN, _syscall.FIRST
+_PLAIN, _FRAME, _RECEIVED, _OWN, _FIRST = _syscall.PLAIN, _syscall.FRAME, _syscall.RECEIVED, _syscall.OWN, _syscall.FIRST
 _raw_reducer = _carriers.raw_reducer
 _getuid, _loads, _new, _encode = os.getuid, pickle.loads, object.__new__, _frames.encode
 
@@ -141,21 +142,26 @@ class _Pickler(pickle.Pickler):
         self.large: int | None = None
         #: Of the carrier in force, set where it may be asked for: only an object that has a reducer can ask.
         self.token: Any = None
+        self.dispatch_table = _Reducers({Socket: self._socket, memoryview: self._memoryview})
+        self.dispatch_table.pickler = self
 
-    def reducer_override(self, obj: Any) -> Any:
-        """The reducer of a raw socket or connection, and of a memoryview; everything else pickles as it always does."""
-        cls = type(obj)
-        if cls is _Function:
-            return NotImplemented
-        if self.token is None:
-            self.token = _carriers.outgoing.set(self.fds)
-        reducer = _raw_reducer(cls)
-        if reducer is not None:
-            self.items.append(obj)
-            return reducer(obj)
-        if cls is memoryview:
-            return memoryview, (pickle.PickleBuffer(obj if obj.contiguous else obj.tobytes()),)
-        return NotImplemented
+    def _socket(self, sock: Socket) -> Any:
+        """As handles.reduce_socket and _carriers.carry(), by the shortest way."""
+        fd = sock.fileno()
+        if fd < 0:
+            raise ValueError("socket is closed: it has no descriptor to pass on")
+        self.items.append(sock)
+        fds = self.fds
+        fds.append(fd)
+        return rebuild_socket, (("frame", len(fds) - 1), sock.gettimeout())
+
+    def _memoryview(self, view: memoryview) -> Any:
+        return memoryview, (pickle.PickleBuffer(view if view.contiguous else view.tobytes()),)
+
+    def _other(self, obj: Any) -> Any:
+        """Of another class that has a reducer of ours."""
+        self.items.append(obj)
+        return _raw_reducer(type(obj))(obj)  # type: ignore[misc]  # it has one
 
     def _inside(self, buffer: pickle.PickleBuffer) -> bool:
         """Whether a buffer stays in the pickle."""
@@ -176,6 +182,25 @@ class _Pickler(pickle.Pickler):
         self.pieces.clear()
         if self.items or self.fds or self.views:
             self.fds, self.items, self.views = [], [], []
+
+
+#: What a pickler does with an object of a class without reducer.
+_by_itself = methodcaller("__reduce_ex__", 5)
+
+
+class _Reducers(dict[type, Any]):
+    """Which reducer a class has: asked by the pickler in C, which calls nothing for a class that is in here."""
+
+    pickler: _Pickler
+
+    def __missing__(self, cls: type) -> Any:
+        if self.pickler.token is None:
+            self.pickler.token = _carriers.outgoing.set(self.pickler.fds)
+        if _raw_reducer(cls) is not None:
+            return self.pickler._other
+        if issubclass(cls, type):
+            raise KeyError(cls)
+        return copyreg.dispatch_table.get(cls, _by_itself)
 
 
 class _Sink:
@@ -390,14 +415,13 @@ class Incoming:
             else:
                 code = _syscall.recv_frame_once(fd, scratch.buffer, _POOLED, flags, scratch.message)
                 if code >= _HEADER:
-                    size, count, terms = code - _HEADER, ints[_PLAIN], self._terms
-                    head = scratch.view[:_HEADER]
+                    count, terms = ints[_PLAIN], self._terms
                     self._data = scratch.view[_HEADER:code]
-                    # The header of an ordinary frame, which has come whole in one piece, needs only to be compared.
+                    # An ordinary frame, which has come whole and which C has compared with its header.
                     if (
-                        0 <= count <= terms.max_fds
-                        and size <= terms.max_size
-                        and head == _encode(self.objects, size, count)
+                        ints[_FRAME] == self.objects
+                        and count <= terms.max_fds
+                        and code - _HEADER <= terms.max_size
                         and (ints[_OWN] or not terms.allow_pickle)
                     ):
                         self.started = self._whole = True
@@ -405,7 +429,7 @@ class Incoming:
                             self._take(scratch, count)
                         _pool.append(scratch)
                         return 1
-                    self._head = head
+                    self._head = scratch.view[:_HEADER]
                     self._arrived(scratch)
                 elif code > 0:
                     self._head = scratch.view[:code]
