@@ -54,7 +54,8 @@ _NO_UID = 65534
 _LOOP = ": waiting inside itself it could never be received, nor closed"
 
 _pool, _Scratch, _POOLED, _HEADER = _syscall.pool, _syscall.Scratch, _syscall.POOLED, _frames.HEADER_SIZE
-_PLAIN, _FRAME, _RECEIVED, _OWN, _FIRST = _syscall.PLAIN, _syscall.FRAME, _syscall.RECEIVED, _syscall.OWN, _syscall.FIRST
+_PLAIN, _FRAME, _SIZE, _RECEIVED = _syscall.PLAIN, _syscall.FRAME, _syscall.SIZE, _syscall.RECEIVED
+_OWN, _FIRST, _LEAST = _syscall.OWN, _syscall.FIRST, _frames.LEAST
 _raw_reducer = _carriers.raw_reducer
 _getuid, _loads, _new, _encode = os.getuid, pickle.loads, object.__new__, _frames.encode
 
@@ -283,11 +284,12 @@ class Outgoing:
         self.fds, self._pickler = fds, pickler
         header = _encode(kind, size, count)
         if len(pieces) == 1 and size <= _JOINED and count <= _frames.BATCH:
-            self._data, self._numbers = header + pieces[0], fds
+            self._data, self._numbers = (header + pieces[0]).ljust(_LEAST, b"\0"), fds
             return
         parts: list[tuple[Any, list[int]]] = [(b"\0", fds[batch]) for batch in _frames.batches(count)] or [(b"", [])]
         parts[0] = header, parts[0][1]
-        for piece in pieces:
+        padding = _frames.padding(size, count)
+        for piece in [*pieces, bytes(padding)] if padding else pieces:
             # Small ones ride with what is before them: a system call costs more than a copy.
             last, numbers = parts[-1]
             if len(last) + len(piece) > _JOINED:
@@ -390,7 +392,7 @@ class Incoming:
     _lost: tuple[str, int | None, int] | None = None
     _stranger: str | None = None
     _buffers: list[memoryview] | None = None
-    _fillers = _have = 0
+    _fillers = _have = _padding = 0
 
     def __init__(self, terms: Terms, objects: bool = False) -> None:
         self._terms = terms
@@ -415,21 +417,21 @@ class Incoming:
             else:
                 code = _syscall.recv_frame_once(fd, scratch.buffer, _POOLED, flags, scratch.message)
                 if code >= _HEADER:
-                    count, terms = ints[_PLAIN], self._terms
-                    self._data = scratch.view[_HEADER:code]
+                    count, size, terms = ints[_PLAIN], ints[_SIZE], self._terms
                     # An ordinary frame, which has come whole and which C has compared with its header.
                     if (
                         ints[_FRAME] == self.objects
                         and count <= terms.max_fds
-                        and code - _HEADER <= terms.max_size
+                        and size <= terms.max_size
                         and (ints[_OWN] or not terms.allow_pickle)
                     ):
+                        self._data = scratch.view[_HEADER : _HEADER + size]
                         self.started = self._whole = True
                         if count:
                             self._take(scratch, count)
                         _pool.append(scratch)
                         return 1
-                    self._head = scratch.view[:_HEADER]
+                    self._head, self._data = scratch.view[:_HEADER], scratch.view[_HEADER:code]
                     self._arrived(scratch)
                 elif code > 0:
                     self._head = scratch.view[:code]
@@ -448,17 +450,24 @@ class Incoming:
         return code
 
     def _more(self, fd: int, flags: int, scratch: _syscall.Scratch) -> int:
-        """A receive after the first: of the header, the filler bytes or the payload."""
-        if self.header is not None and not self._fillers:
+        """A receive after the first: of the header, the filler bytes, the payload or the padding."""
+        if self.header is None:
+            wanted = _HEADER - len(self._head)
+        elif self._fillers:
+            wanted = min(self._fillers, _POOLED)
+        elif self._have < self.header.size:
             return self._receive_payload(fd, flags, scratch, self.header.size)
-        wanted = _HEADER - len(self._head) if self.header is None else min(self._fillers, _POOLED)
+        else:
+            wanted = self._padding
         code: int = _syscall.recv_once(fd, scratch.buffer, wanted, flags, scratch.message)
         if code > 0:
             self._arrived(scratch)
             if self.header is None:
                 self._head += scratch.view[:code]
-            else:
+            elif self._fillers:
                 self._fillers -= code
+            else:
+                self._padding -= code
         return code
 
     def _receive_payload(self, fd: int, flags: int, scratch: _syscall.Scratch, size: int) -> int:
@@ -517,7 +526,11 @@ class Incoming:
                     raise ProtocolError(f"a frame brings {len(owners)} descriptors before its header is whole")
                 return 0
             header = self.header = _frames.decode(self._head, self._terms.max_size, self._terms.max_fds)
-            self._fillers, self._have = header.fillers, len(self._data)
+            # What came along with it.
+            came, self._data = self._data, self._data[header.fillers :][: header.size]
+            self._have = len(self._data)
+            self._fillers = max(0, header.fillers - len(came))
+            self._padding = header.padding - max(0, len(came) - header.fillers - header.size)
             if header.kind != _frames.DATA and not self._terms.allow_pickle:
                 raise ProtocolError("an object arrived where only messages are taken (allow_pickle=False)")
         # Before the payload is even read, as far as it did not come along.
@@ -525,7 +538,7 @@ class Incoming:
             raise PeerRefusedError(f"a pickle from {self._stranger}: this process loads only from uid {self._trusted()}")
         if len(owners) > header.fds:
             raise ProtocolError(f"a frame announces {header.fds} descriptors and brings {len(owners)}")
-        if self._fillers or self._have < header.size:
+        if self._fillers or self._have < header.size or self._padding:
             return 0
         self._whole = True
         if self._lost is not None:
