@@ -148,25 +148,33 @@ static unsigned long long number_at(const char *bytes, size_t size) {
 ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_message *message) {
     uid_t self = getuid();
     ssize_t more, got;
-    unsigned long long payload;
-    int own, has_credentials;
+    unsigned long long payload, end;
+    int announced, own, has_credentials;
 
     message->nfds = 0;
-    got = receive(sock, buffer, FDP_HEADER, flags, message, self);
+    message->frame = -1;
+    /* No frame is shorter, so this reads one frame only; most are not longer, so this is all. */
+    got = receive(sock, buffer, FDP_LEAST, flags, message, self);
     own = message->own, has_credentials = message->has_credentials;
-    if (got != FDP_HEADER || message->dropped || number_at(buffer + 4, 4) != (unsigned long long)message->nfds || (has_credentials && !own))
+    announced = message->nfds;
+    if (got < FDP_HEADER || message->dropped || announced > FDP_BATCH || number_at(buffer + 4, 4) != (unsigned long long)announced ||
+        (has_credentials && !own) || (payload = number_at(buffer + 8, 8)) > size - FDP_HEADER)
         return got;
-    payload = number_at(buffer + 8, 8);
-    if (!payload || payload > size - FDP_HEADER)
-        return got;
-    /* Sent in one piece it is there. Where it is not, whoever calls waits, which takes the clock and the signals of Python. */
-    more = receive(sock, buffer + FDP_HEADER, (size_t)payload, flags | MSG_DONTWAIT, message, self);
-    if (more <= 0)
-        more = 0, message->own = own;
-    message->own = message->own && own;
-    message->has_credentials = message->has_credentials && has_credentials;
-    message->received = (int)(got + more);
-    return message->received;
+    end = payload < FDP_LEAST - FDP_HEADER ? FDP_LEAST : payload + FDP_HEADER;
+    if ((unsigned long long)got < end) {
+        /* Sent in one piece it is there. Where it is not, whoever calls waits, which takes the clock and the signals of Python. */
+        more = receive(sock, buffer + got, (size_t)end - (size_t)got, flags | MSG_DONTWAIT, message, self);
+        if (more <= 0)
+            more = 0, message->own = own;
+        message->own = message->own && own;
+        message->has_credentials = message->has_credentials && has_credentials;
+        message->received = (int)(got += more);
+    }
+    if ((unsigned long long)got == end && message->plain == announced && memcmp(buffer, "fd\1", 3) == 0) {
+        message->frame = (unsigned char)buffer[3];
+        message->size = (int)payload;
+    }
+    return got;
 }
 
 void fdp_message_close(fdp_message *message) {

@@ -13,6 +13,8 @@
 enum {
     FDP_MAX_FDS = 253,  /* SCM_MAX_FD of Linux: one more is a bare EINVAL */
     FDP_HEADER = 16,    /* bytes of a channel's frame header; docs/wire.md has them */
+    FDP_LEAST = 192,    /* bytes of the shortest frame: that much is read without knowing what comes */
+    FDP_BATCH = 252,    /* descriptors that ride on a frame's first byte, at most */
     FDP_FIRST_FD = 3,   /* no descriptor of ours is ever stdin, stdout or stderr */
     FDP_ADDRESS_MAX = 112
 };
@@ -24,8 +26,10 @@ enum {
 typedef struct {
     int nfds;
     int plain;            /* nfds when dropped, msg_flags and address_size are all 0 and need not be read, else -1 */
+    int frame;            /* after fdp_recv_frame: the kind of a frame that came whole with what its header announces, else -1 */
     int dropped;          /* 1: the kernel (or the lack of a free number) kept descriptors back */
     int msg_flags;        /* MSG_TRUNC, MSG_EOR ... as the kernel set them */
+    int size;             /* where frame is not -1: bytes of its payload */
     int received;         /* bytes of the last receive, 0 while nothing has come */
     int own;              /* 1: has_credentials, and they are those of this process's real uid */
     int has_credentials;  /* 1: pid, uid and gid are the kernel's word about this message's sender */
@@ -62,8 +66,8 @@ ssize_t fdp_send_frame(int sock, const char *data, size_t size, const int *fds, 
  * on failure nothing was received and nfds is 0. Descriptors that the caller has no name for (SCM_PIDFD) are closed here. */
 ssize_t fdp_recv(int sock, char *buffer, size_t size, int flags, fdp_message *message);
 
-/* Receives a channel's frame header, and at once what of the payload is there already, as far as buffer holds it; never a byte beyond
- * the frame. Only the header when descriptors are missing, or another uid sent it. `own` goes for all of it.
+/* Receives a channel's frame as far as it is there already and buffer holds it, FDP_LEAST bytes or more; never a byte beyond it.
+ * Only FDP_LEAST bytes when descriptors are missing, or another uid sent it. `own` goes for all of it.
  * Ownership: as fdp_recv. */
 ssize_t fdp_recv_frame(int sock, char *buffer, size_t size, int flags, fdp_message *message);
 

@@ -1,6 +1,6 @@
 """The wire format, docs/wire.md: bytes to frames and back. Pure: it never sees a socket, a descriptor or a pickle.
 
-A frame is a header of 16 bytes, one filler byte for every further batch of descriptors, and the payload.
+A frame is a header of 16 bytes, one filler byte for every further batch of descriptors, the payload, and padding up to 192 bytes.
 The first 252 descriptors ride on the header's first byte, each further batch of 252 on a filler byte of its own.
 """
 
@@ -16,6 +16,8 @@ from fdpass.errors import ProtocolError
 _HEADER = Struct("!2sBBIQ")
 _pack, _unpack = _HEADER.pack, _HEADER.unpack
 HEADER_SIZE = _HEADER.size
+#: Bytes of the shortest frame: whoever begins to read one may read so many. It is what fits into the memory that Linux takes for one byte.
+LEAST = 192
 MAGIC, VERSION = b"fd", 1
 
 #: A payload is plain bytes, a pickle, or a pickle whose large buffers are in a memory file, the frame's last descriptor.
@@ -29,12 +31,14 @@ MAX_SIZE, MAX_FDS = 1 << 30, 16384
 
 
 class Header(NamedTuple):
-    """kind: DATA and so on. fds: descriptors in the whole frame. size: payload bytes. fillers: bytes between header and payload."""
+    """kind: DATA and so on. fds: descriptors in the whole frame. size: payload bytes. fillers: bytes between header and payload.
+    padding: bytes behind it."""
 
     kind: int
     fds: int
     size: int
     fillers: int
+    padding: int
 
 
 def encode(kind: int, size: int, fds: int) -> bytes:
@@ -57,12 +61,17 @@ def decode(raw: bytes | bytearray, max_size: int, max_fds: int) -> Header:
         raise ProtocolError(f"a frame announces {fds} descriptors; this end takes {max_fds} at most")
     if kind == OBJECT_AND_MEMORY and (not fds or size < _COUNT.size):
         raise ProtocolError(f"a frame with a memory file announces {fds} descriptors and {size} bytes")
-    return Header(kind, fds, size, fillers(fds))
+    return Header(kind, fds, size, fillers(fds), padding(size, fds))
 
 
 def fillers(fds: int) -> int:
     """How many filler bytes a frame with so many descriptors has."""
     return (fds - 1) // BATCH if fds else 0
+
+
+def padding(size: int, fds: int) -> int:
+    """How many bytes follow the payload, so that the frame is not too short."""
+    return max(0, LEAST - HEADER_SIZE - fillers(fds) - size)
 
 
 def batches(fds: int) -> Iterator[slice]:

@@ -55,7 +55,9 @@ def wait(fd: int, writing: bool, deadline: float | None, what: str) -> None:
 
 
 #: Places of fdp_message's fields in Scratch.ints.
-PLAIN, RECEIVED, OWN, FIRST = (ffi.offsetof("fdp_message", name) // 4 for name in ("plain", "received", "own", "fds"))
+PLAIN, FRAME, SIZE, RECEIVED, OWN, FIRST = (
+    ffi.offsetof("fdp_message", name) // 4 for name in ("plain", "frame", "size", "received", "own", "fds")
+)
 
 
 class Scratch:

@@ -6,12 +6,13 @@ One system call at a time, never a wait: whoever calls knows how to wait.
 from __future__ import annotations
 
 import _socket
+import copyreg
 import os
 import pickle
 from contextlib import ExitStack
 from errno import ELOOP
+from operator import methodcaller
 from socket import socket as Socket
-from types import FunctionType as _Function
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _carriers, _frames, _memory, _syscall
@@ -27,7 +28,7 @@ from fdpass.errors import (
 from fdpass.fds import OwnedFd, _own, kind_of, take
 
 # Its import also fills in the reducers for raw sockets and connections, which sending relies on.
-from fdpass.handles import refuse_tls
+from fdpass.handles import rebuild_socket, refuse_tls
 from fdpass.limits import lost_reason
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ _NO_UID = 65534
 _LOOP = ": waiting inside itself it could never be received, nor closed"
 
 _pool, _Scratch, _POOLED, _HEADER = _syscall.pool, _syscall.Scratch, _syscall.POOLED, _frames.HEADER_SIZE
-_PLAIN, _RECEIVED, _OWN, _FIRST = _syscall.PLAIN, _syscall.RECEIVED, _syscall.OWN, _syscall.FIRST
+_PLAIN, _FRAME, _SIZE, _RECEIVED = _syscall.PLAIN, _syscall.FRAME, _syscall.SIZE, _syscall.RECEIVED
+_OWN, _FIRST, _LEAST = _syscall.OWN, _syscall.FIRST, _frames.LEAST
 _raw_reducer = _carriers.raw_reducer
 _getuid, _loads, _new, _encode = os.getuid, pickle.loads, object.__new__, _frames.encode
 
@@ -141,21 +143,26 @@ class _Pickler(pickle.Pickler):
         self.large: int | None = None
         #: Of the carrier in force, set where it may be asked for: only an object that has a reducer can ask.
         self.token: Any = None
+        self.dispatch_table = _Reducers({Socket: self._socket, memoryview: self._memoryview})
+        self.dispatch_table.pickler = self
 
-    def reducer_override(self, obj: Any) -> Any:
-        """The reducer of a raw socket or connection, and of a memoryview; everything else pickles as it always does."""
-        cls = type(obj)
-        if cls is _Function:
-            return NotImplemented
-        if self.token is None:
-            self.token = _carriers.outgoing.set(self.fds)
-        reducer = _raw_reducer(cls)
-        if reducer is not None:
-            self.items.append(obj)
-            return reducer(obj)
-        if cls is memoryview:
-            return memoryview, (pickle.PickleBuffer(obj if obj.contiguous else obj.tobytes()),)
-        return NotImplemented
+    def _socket(self, sock: Socket) -> Any:
+        """As handles.reduce_socket and _carriers.carry(), by the shortest way."""
+        fd = sock.fileno()
+        if fd < 0:
+            raise ValueError("socket is closed: it has no descriptor to pass on")
+        self.items.append(sock)
+        fds = self.fds
+        fds.append(fd)
+        return rebuild_socket, (("frame", len(fds) - 1), sock.gettimeout())
+
+    def _memoryview(self, view: memoryview) -> Any:
+        return memoryview, (pickle.PickleBuffer(view if view.contiguous else view.tobytes()),)
+
+    def _other(self, obj: Any) -> Any:
+        """Of another class that has a reducer of ours."""
+        self.items.append(obj)
+        return _raw_reducer(type(obj))(obj)  # type: ignore[misc]  # it has one
 
     def _inside(self, buffer: pickle.PickleBuffer) -> bool:
         """Whether a buffer stays in the pickle."""
@@ -176,6 +183,25 @@ class _Pickler(pickle.Pickler):
         self.pieces.clear()
         if self.items or self.fds or self.views:
             self.fds, self.items, self.views = [], [], []
+
+
+#: What a pickler does with an object of a class without reducer.
+_by_itself = methodcaller("__reduce_ex__", 5)
+
+
+class _Reducers(dict[type, Any]):
+    """Which reducer a class has: asked by the pickler in C, which calls nothing for a class that is in here."""
+
+    pickler: _Pickler
+
+    def __missing__(self, cls: type) -> Any:
+        if self.pickler.token is None:
+            self.pickler.token = _carriers.outgoing.set(self.pickler.fds)
+        if _raw_reducer(cls) is not None:
+            return self.pickler._other
+        if issubclass(cls, type):
+            raise KeyError(cls)
+        return copyreg.dispatch_table.get(cls, _by_itself)
 
 
 class _Sink:
@@ -258,11 +284,12 @@ class Outgoing:
         self.fds, self._pickler = fds, pickler
         header = _encode(kind, size, count)
         if len(pieces) == 1 and size <= _JOINED and count <= _frames.BATCH:
-            self._data, self._numbers = header + pieces[0], fds
+            self._data, self._numbers = (header + pieces[0]).ljust(_LEAST, b"\0"), fds
             return
         parts: list[tuple[Any, list[int]]] = [(b"\0", fds[batch]) for batch in _frames.batches(count)] or [(b"", [])]
         parts[0] = header, parts[0][1]
-        for piece in pieces:
+        padding = _frames.padding(size, count)
+        for piece in [*pieces, bytes(padding)] if padding else pieces:
             # Small ones ride with what is before them: a system call costs more than a copy.
             last, numbers = parts[-1]
             if len(last) + len(piece) > _JOINED:
@@ -371,7 +398,7 @@ class Incoming:
     _lost: tuple[str, int | None, int] | None = None
     _stranger: str | None = None
     _buffers: list[memoryview] | None = None
-    _fillers = _have = 0
+    _fillers = _have = _padding = 0
 
     def __init__(self, terms: Terms, objects: bool = False) -> None:
         self._terms = terms
@@ -396,22 +423,21 @@ class Incoming:
             else:
                 code = _syscall.recv_frame_once(fd, scratch.buffer, _POOLED, flags, scratch.message)
                 if code >= _HEADER:
-                    size, count, terms = code - _HEADER, ints[_PLAIN], self._terms
-                    head = scratch.view[:_HEADER]
-                    self._data = scratch.view[_HEADER:code]
-                    # The header of an ordinary frame, which has come whole in one piece, needs only to be compared.
+                    count, size, terms = ints[_PLAIN], ints[_SIZE], self._terms
+                    # An ordinary frame, which has come whole and which C has compared with its header.
                     if (
-                        0 <= count <= terms.max_fds
+                        ints[_FRAME] == self.objects
+                        and count <= terms.max_fds
                         and size <= terms.max_size
-                        and head == _encode(self.objects, size, count)
                         and (ints[_OWN] or not terms.allow_pickle)
                     ):
+                        self._data = scratch.view[_HEADER : _HEADER + size]
                         self.started = self._whole = True
                         if count:
                             self._take(scratch, count)
                         _pool.append(scratch)
                         return 1
-                    self._head = head
+                    self._head, self._data = scratch.view[:_HEADER], scratch.view[_HEADER:code]
                     self._arrived(scratch)
                 elif code > 0:
                     self._head = scratch.view[:code]
@@ -430,17 +456,24 @@ class Incoming:
         return code
 
     def _more(self, fd: int, flags: int, scratch: _syscall.Scratch) -> int:
-        """A receive after the first: of the header, the filler bytes or the payload."""
-        if self.header is not None and not self._fillers:
+        """A receive after the first: of the header, the filler bytes, the payload or the padding."""
+        if self.header is None:
+            wanted = _HEADER - len(self._head)
+        elif self._fillers:
+            wanted = min(self._fillers, _POOLED)
+        elif self._have < self.header.size:
             return self._receive_payload(fd, flags, scratch, self.header.size)
-        wanted = _HEADER - len(self._head) if self.header is None else min(self._fillers, _POOLED)
+        else:
+            wanted = self._padding
         code: int = _syscall.recv_once(fd, scratch.buffer, wanted, flags, scratch.message)
         if code > 0:
             self._arrived(scratch)
             if self.header is None:
                 self._head += scratch.view[:code]
-            else:
+            elif self._fillers:
                 self._fillers -= code
+            else:
+                self._padding -= code
         return code
 
     def _receive_payload(self, fd: int, flags: int, scratch: _syscall.Scratch, size: int) -> int:
@@ -499,7 +532,11 @@ class Incoming:
                     raise ProtocolError(f"a frame brings {len(owners)} descriptors before its header is whole")
                 return 0
             header = self.header = _frames.decode(self._head, self._terms.max_size, self._terms.max_fds)
-            self._fillers, self._have = header.fillers, len(self._data)
+            # What came along with it.
+            came, self._data = self._data, self._data[header.fillers :][: header.size]
+            self._have = len(self._data)
+            self._fillers = max(0, header.fillers - len(came))
+            self._padding = header.padding - max(0, len(came) - header.fillers - header.size)
             if header.kind != _frames.DATA and not self._terms.allow_pickle:
                 raise ProtocolError("an object arrived where only messages are taken (allow_pickle=False)")
         # Before the payload is even read, as far as it did not come along.
@@ -507,7 +544,7 @@ class Incoming:
             raise PeerRefusedError(f"a pickle from {self._stranger}: this process loads only from uid {self._trusted()}")
         if len(owners) > header.fds:
             raise ProtocolError(f"a frame announces {header.fds} descriptors and brings {len(owners)}")
-        if self._fillers or self._have < header.size:
+        if self._fillers or self._have < header.size or self._padding:
             return 0
         self._whole = True
         if self._lost is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-_close = os.close
+_close, _get_blocking = os.close, os.get_blocking
 #: Whether a descriptor alone is enough to make a socket object from.
 _DESCRIBES_ITSELF = hasattr(_socket, "SO_PROTOCOL")
 
@@ -154,7 +154,7 @@ def socket_from(owned: OwnedFd, info: Any = None, cls: type[socket.socket] | Non
     import socket
 
     fd = owned._fd
-    blocking = os.get_blocking(fd)
+    blocking = _get_blocking(fd)
     if info is None and _DESCRIBES_ITSELF and getdefaulttimeout() is None:
         # The constructor asks for all three, in C.
         family = kind = protocol = -1
@@ -164,7 +164,8 @@ def socket_from(owned: OwnedFd, info: Any = None, cls: type[socket.socket] | Non
             raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
         # SOCK_NONBLOCK keeps the constructor from applying socket.setdefaulttimeout(), which would flip O_NONBLOCK for every holder.
         family, kind, protocol = info.family, info.type | getattr(socket, "SOCK_NONBLOCK", 0), info.protocol
-    sock = (cls or socket.socket).__new__(cls or socket.socket)
+    cls = cls or socket.socket
+    sock = cls.__new__(cls)
     # Released first: a Ctrl-C between the two may then lose the number, but never have it closed twice.
     owned._fd = -1
     try:

@@ -105,7 +105,7 @@ def _rebuild_handle(token: _carriers.Token, timeout: float | None, claims: int) 
     return handle
 
 
-def _socket_of(owned: OwnedFd, timeout: float | None, cls: type[socket.socket] | None = None) -> socket.socket:
+def _socket_of(owned: OwnedFd, timeout: float | None, cls: type[socket.socket] = socket.socket) -> socket.socket:
     """A socket that takes owned's descriptor, with the sender's timeout as far as the description's flag agrees.
 
     A timeout goes with O_NONBLOCK, which belongs to every holder: where they disagree the flag wins, it is never changed here.
@@ -147,7 +147,7 @@ def reduce_socket(sock: socket.socket) -> Reduced:
 
 
 def rebuild_socket(
-    token: _carriers.Token, timeout: float | None, cls: type[socket.socket] | None = None, state: dict[str, Any] | None = None
+    token: _carriers.Token, timeout: float | None, cls: type[socket.socket] = socket.socket, state: dict[str, Any] | None = None
 ) -> socket.socket:
     """Loads what reduce_socket wrote. Raises TicketError, WrongDescriptorError, OSError."""
     sock = _socket_of(_carriers.claim(token), timeout, cls)

@@ -64,7 +64,7 @@ def with_peer():
 
 def frame(data, kind=_frames.DATA, fds=0):
     """The bytes of a frame."""
-    return _frames.encode(kind, len(data), fds) + bytes(_frames.fillers(fds)) + data
+    return _frames.encode(kind, len(data), fds) + bytes(_frames.fillers(fds)) + data + bytes(_frames.padding(len(data), fds))
 
 
 def close_all(items):

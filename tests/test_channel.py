@@ -59,7 +59,7 @@ def rights(fds):
 
 def frame(data, kind=_frames.DATA, fds=0):
     """The bytes of a frame."""
-    return _frames.encode(kind, len(data), fds) + bytes(_frames.fillers(fds)) + data
+    return _frames.encode(kind, len(data), fds) + bytes(_frames.fillers(fds)) + data + bytes(_frames.padding(len(data), fds))
 
 
 def write_bytewise(raw, data, fds=()):
@@ -105,7 +105,7 @@ def fails_for_good(channel, error, words):
 # -------------------------------------------------------------------------------------------------------------- whole frames
 
 
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 65536, 65537, 200_000])
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 175, 176, 177, 65536, 65537, 200_000])
 def test_messages_come_back(pipe, size):
     left, right = pipe
     data = os.urandom(size)
@@ -438,8 +438,9 @@ def test_another_number_of_descriptors_than_announced(peer, marked, kind, announ
     raw, channel = peer
     fds = [marked() for _ in range(max(first, second))]
     payload = pickle.dumps(None)
-    raw.sendmsg([_frames.encode(kind, len(payload), announced)], rights(fds[:first]))
-    raw.sendmsg([bytes(_frames.fillers(announced)) + payload], rights(fds[:second]))
+    whole = frame(payload, kind, announced)
+    raw.sendmsg([whole[: _frames.HEADER_SIZE]], rights(fds[:first]))
+    raw.sendmsg([whole[_frames.HEADER_SIZE :]], rights(fds[:second]))
     with pytest.raises(fdpass.ProtocolError, match=f"announces {announced} descriptors and brings {first + second}"):
         channel.recv_message()
     fails_for_good(channel, fdpass.ProtocolError, "announces")
