@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 #: A payload up to this size is copied behind its header, so that a frame is one system call; a longer one is not copied.
 _JOINED = 1 << 16
-#: A payload up to this size is received into memory that is used again. It is the system's until something is written there.
+#: A payload up to this size is received into memory that is used again, while there is a room left.
 _ROOM = 1 << 22
-_rooms: list[bytearray] = []
+_rooms: list[bytearray | None] = [None, None]
 #: A larger one is received into memory that grows by what has come, and by this at first: nothing is allocated on a header's word.
 _STEP = 1 << 19
 #: A payload is sent in steps of this size.
@@ -199,9 +199,10 @@ class _Reducers(dict[type, Any]):
             self.pickler.token = _carriers.outgoing.set(self.pickler.fds)
         if _raw_reducer(cls) is not None:
             return self.pickler._other
-        if issubclass(cls, type):
+        reducer = copyreg.dispatch_table.get(cls)
+        if reducer is None and issubclass(cls, type):
             raise KeyError(cls)
-        return copyreg.dispatch_table.get(cls, _by_itself)
+        return reducer or _by_itself
 
 
 class _Sink:
@@ -315,8 +316,8 @@ class Outgoing:
             for number in numbers:
                 own.append(_own(_syscall.dup(number)))
                 copies.append(own[-1].fileno())
-            # What was pickled is nobody else's, and bytes do not change.
-            if self._pickler is None and type(data) is memoryview and type(data.obj) is not bytes:
+            # Bytes do not change. A pickler hands over a large bytearray, or what is behind a PickleBuffer, as it is: the sender's.
+            if type(data) is memoryview and type(data.obj) is not bytes:
                 data = bytes(data)
             parts.append((data, copies))
         self._data, self._numbers = parts.pop()
@@ -480,10 +481,12 @@ class Incoming:
         """A receive straight into the payload's memory."""
         have = self._have
         if have == len(self._data):
+            room = min(size, have + max(have, _STEP))
             try:
-                grown = _rooms.pop() if size <= _ROOM else bytearray(min(size, have + max(have, _STEP)))
+                grown = (_rooms.pop() or bytearray(_ROOM)) if size <= _ROOM else bytearray(room)
             except IndexError:
-                grown = bytearray(_ROOM)
+                # bytearray() writes to all of it: a room for everybody who waits would be memory on a header's word.
+                grown = bytearray(room)
             grown[:have] = self._data
             self._data = grown
         with memoryview(self._data) as window:
@@ -581,6 +584,7 @@ class Incoming:
         """Closes the descriptors collected so far."""
         for owned in self._owners:
             owned.close()
+        self._give_back()
 
     def message(self) -> tuple[bytes, list[OwnedFd]]:
         """The bytes and descriptors of a whole frame, which are the caller's now; of an object its pickle."""

@@ -178,6 +178,8 @@ def number_of(item: Any) -> int:
     if not hasattr(item, "fileno"):
         raise TypeError(f"a descriptor is an int or an object with fileno(), not {type(item).__name__}")
     number: int = item.fileno()
+    if not isinstance(number, int) or number > 0x7FFFFFFF:
+        raise TypeError(f"{item!r} has no descriptor: its fileno() gave {number!r}")
     if number < 0:
         raise ValueError(f"{item!r} is closed: it has no descriptor to send")
     return number

@@ -117,29 +117,40 @@ class Channel:
         sent = False
         try:
             deadline = None if timeout is None else monotonic() + timeout
-            if not self._sending.acquire(False):
+            if deadline is None:
+                # By `with`, no signal handler runs between the taking and what gives the lock back.
+                with self._sending:
+                    self._send_alone(frame, None)
+            else:
                 _acquire(self._sending, deadline, "waiting for another thread's send")
-            try:
-                fd = self._fd._fd
-                if fd < 0 or self._broken is not None or not self._writable:
-                    self._refuse(self._writable, "send on")
-                if len(frame.fds) > _frames.BATCH:
-                    frame.refuse_ends(fd, self._ends)
-                flags = 0 if timeout is None else _DONTWAIT
-                while not frame.done:
-                    code = frame.send_once(fd, flags, self._ends)
-                    if code == _EAGAIN:
-                        _syscall.wait(fd, True, deadline, "sending a frame")
-                    elif code < 0 and code != _EINTR:
-                        frame.fail(code)
-                sent = True
-            except BaseException as error:
-                self._end_with(frame.verdict(error), error)
-                raise
-            finally:
-                self._sending.release()
+                try:
+                    self._send_alone(frame, deadline)
+                finally:
+                    self._sending.release()
+            sent = True
         finally:
             frame.finish(consume and sent)
+
+    def _send_alone(self, frame: _transit.Outgoing, deadline: float | None) -> None:
+        try:
+            fd = self._fd._fd
+            if fd < 0 or self._broken is not None or not self._writable:
+                self._refuse(self._writable, "send on")
+            if len(frame.fds) > _frames.BATCH:
+                frame.refuse_ends(fd, self._ends)
+            flags = 0 if deadline is None else _DONTWAIT
+            while not frame.done:
+                code = frame.send_once(fd, flags, self._ends)
+                if code == _EAGAIN:
+                    _syscall.wait(fd, True, deadline, "sending a frame")
+                    # Closed meanwhile by another thread, the number may be another's.
+                    if self._fd._fd != fd:
+                        self._refuse(self._writable, "send on")
+                elif code < 0 and code != _EINTR:
+                    frame.fail(code)
+        except BaseException as error:
+            self._end_with(frame.verdict(error), error)
+            raise
 
     # -- receiving -------------------------------------------------------------------------------------------------------------
 
@@ -161,25 +172,34 @@ class Channel:
     def _recv(self, timeout: float | None, objects: bool) -> _transit.Incoming:
         frame = _transit.Incoming(self._terms, objects)
         deadline = None if timeout is None else monotonic() + timeout
-        if not self._receiving.acquire(False):
+        if deadline is None:
+            with self._receiving:  # as in _send()
+                self._recv_alone(frame, None)
+        else:
             _acquire(self._receiving, deadline, "waiting for another thread's recv")
+            try:
+                self._recv_alone(frame, deadline)
+            finally:
+                self._receiving.release()
+        return frame
+
+    def _recv_alone(self, frame: _transit.Incoming, deadline: float | None) -> None:
         try:
             fd = self._fd._fd
             if fd < 0 or self._broken is not None or not self._readable:
                 self._refuse(self._readable, "receive from")
-            flags = 0 if timeout is None else _DONTWAIT
+            flags = 0 if deadline is None else _DONTWAIT
             while (code := frame.receive_once(fd, flags)) != 1:
                 if code == _EAGAIN:
                     _syscall.wait(fd, False, deadline, "receiving a frame")
+                    if self._fd._fd != fd:
+                        self._refuse(self._readable, "receive from")
                 elif code < 0 and code != _EINTR:
                     _syscall.fail(code, "receiving a frame")
         except BaseException as error:
             frame.close()
             self._end_with(frame.verdict(error), error)
             raise
-        finally:
-            self._receiving.release()
-        return frame
 
     def _end_with(self, broken: Exception | None, error: BaseException) -> None:
         """Notes with what the channel ended, if it did, and raises that in place of the kernel's word for it."""

@@ -9,6 +9,7 @@ import pickle
 import socket
 import stat
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -1146,3 +1147,48 @@ def test_a_forgotten_server_warns(path):
     with pytest.warns(ResourceWarning, match="unclosed <Endpoint"):
         loop.close()
     assert not os.path.exists(path)
+
+
+def test_what_is_inside_an_object_may_change_once_its_send_was_cancelled(run):
+    """A pickler hands over a large bytearray as it is, not as a copy."""
+
+    async def main():
+        left, right = pair()
+        async with left, right:
+            data = bytearray(b"A" * 900_000)
+            task = asyncio.create_task(left.send([data]))
+            await rounds(3)
+            assert not task.done()
+            await cancel(task)
+            data[:] = b"B" * len(data)
+            data.append(1)
+            assert await right.recv() == [bytearray(b"A" * 900_000)]
+
+    run(main)
+
+
+def test_a_hundred_beginnings_of_frames_are_no_hundred_rooms(run):
+    raw, channels = [], []
+
+    async def main():
+        for _ in range(100):
+            near, far = socket.socketpair()
+            raw.append(near)
+            channels.append(AsyncChannel(far))
+            near.sendall(_frames.encode(_frames.DATA, 70_000, 0) + bytes(200))
+        tasks = [asyncio.create_task(channel.recv_message()) for channel in channels]
+        tracemalloc.start()
+        try:
+            await rounds(10)
+            # A room of 4 MiB for two of them, and what was announced for the others.
+            assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        finally:
+            tracemalloc.stop()
+        for task in tasks:
+            await cancel(task)
+        for channel in channels:
+            channel.abort()
+
+    run(main)
+    for sock in raw:
+        sock.close()

@@ -153,7 +153,8 @@ for place in range(1, 12):
             right.recv_message()
     right.close()
     try:
-        for _ in range(3):
+        # More frames than calls: each takes one at least, a whole one when the sender keeps up.
+        for _ in range(12):
             left.send_message(bytes(1_000_000), files[:3])
         outcomes.append("sent")
     except (fdpass.BrokenChannelError, BrokenPipeError) as error:
@@ -165,4 +166,6 @@ for one in owned:
     one.close()
 print(*dict.fromkeys(outcomes))
 """
-    assert run_python(PROLOGUE + program, str(TESTS), env=shim).stdout == "BrokenChannelError\n"
+    outcomes = run_python(PROLOGUE + program, str(TESTS), env=shim).stdout.split()
+    # It may also have died between two frames, when the next one had not begun: then the error is the kernel's.
+    assert set(outcomes) - {"BrokenPipeError"} == {"BrokenChannelError"}

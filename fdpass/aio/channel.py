@@ -353,7 +353,9 @@ def _take_over(channel: Channel, terms: dict[str, Any]) -> Channel:
     if terms:
         raise TypeError(f"a Channel brings its own terms: {', '.join(terms)} cannot be changed")
     owned = OwnedFd(channel._fd.release())
-    return Channel._of(owned, channel._terms, channel._readable, channel._writable)
+    taken = Channel._of(owned, channel._terms, channel._readable, channel._writable)
+    taken._ends, taken._broken = channel._ends, channel._broken
+    return taken
 
 
 def _closed(purpose: str) -> ClosedError:
