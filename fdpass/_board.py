@@ -13,8 +13,9 @@ from fdpass.fds import OwnedFd
 
 WORDS = 8
 LINE = WORDS * 8
-#: Words of a line.
-OPEN, ACCEPTED, HEARTBEAT, GENERATION = range(4)
+#: Words of a line. LOAD: what the server says its load is, plus one; 0 while it says nothing, and OPEN is its load. WAITING: 1 while the
+#: worker is in the queue and waits. ASKED: connections that it has asked a dispatcher for, in this generation.
+OPEN, ACCEPTED, HEARTBEAT, GENERATION, LOAD, WAITING, ASKED = range(7)
 
 
 class Board:
