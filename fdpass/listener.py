@@ -85,6 +85,7 @@ class Listener:
         exclusive: bool = False,
         rotate: bool = False,
         report: bool = False,
+        lines: Any = (),
     ) -> None:
         self._sock, self._line, self._channel = sock, line, channel
         self._index, self._strategy = index, strategy

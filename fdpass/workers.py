@@ -330,7 +330,7 @@ class WorkerGroup:
     # -- start -----------------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._board = Board.create(len(self._workers))
+        self._board = Board.create(2 * len(self._workers) + 1)
         self._lines = self._board.lines
         if hasattr(os, "pidfd_open"):
             self._self_pidfd = OwnedFd(os.pidfd_open(os.getpid()))
@@ -345,13 +345,13 @@ class WorkerGroup:
         ours, theirs = Pipe()
         try:
             with theirs:
-                share = self._strategy.share(worker.index)
+                share = self._strategy.share(worker.index, worker.index)
                 line = self._lines[worker.index]
                 line[OPEN], line[HEARTBEAT] = 0, 0
                 line[GENERATION] += 1
                 if self._passing:
                     share.update(board=self._board.fd, pidfd=self._self_pidfd)
-                share.update(supervisor=self._pid)
+                share.update(line=worker.index, lines=2 * len(self._workers), supervisor=self._pid)
                 # It waits in the socket pair until the worker reads it, so a slow start keeps nobody waiting here.
                 ours.send(share)
                 args = tuple(self._args_for(worker.index)) if self._args_for is not None else self._args

@@ -24,7 +24,7 @@ FLOORS = [
     {"fdpass._carriers", "fdpass.start", "fdpass.endpoint"},
     {"fdpass.handles"},
     {"fdpass._transit"},
-    {"fdpass.channel"},
+    {"fdpass.channel", "fdpass.strategies.contract"},
     {"fdpass.listener", "fdpass.reduction", "fdpass.aio.channel"},
     {"fdpass.strategies.shared", "fdpass.strategies.reuseport", "fdpass.aio"},
     {"fdpass.strategies", "fdpass._launch"},

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fdpass.ancillary import why_no_passing
+from fdpass.strategies.contract import Strategy as Strategy
 from fdpass.strategies.reuseport import Reuseport, ReuseportBare
 from fdpass.strategies.shared import Shared
 
 if TYPE_CHECKING:
     from fdpass.channel import Channel
-    from fdpass.endpoint import Endpoint
     from fdpass.listener import Listener
 
 NAMES = ("shared", "reuseport", "reuseport-bare", "auto")
 ORDERS = ("rotate", "first")
-
-
-class Strategy(Protocol):
-    """The supervisor's side. held: a socket without its worker keeps its share of the connections waiting."""
-
-    name: str
-    held: bool
-    passes: bool  # whether it needs descriptors to be passed
-
-    def bind(self, endpoint: Endpoint, workers: int, backlog: int) -> None:
-        """Makes every socket the group needs, bound; consumes nothing. Raises ValueError, OSError."""
-
-    def listen(self) -> None:
-        """Starts to listen, right before the first worker starts."""
-
-    def share(self, index: int) -> dict[str, Any]:
-        """What worker `index` gets over its control channel."""
-
-    def close(self) -> None:
-        """Closes what bind() made beyond the endpoint."""
 
 
 def choose(name: str, order: str | None) -> Strategy:
@@ -61,7 +41,7 @@ def choose(name: str, order: str | None) -> Strategy:
     return Reuseport() if name == "reuseport" else ReuseportBare()
 
 
-def open_share(share: dict[str, Any], line: Any, channel: Channel, report: bool) -> Listener:
-    """In the worker: the listener for what share() gave. Raises OSError."""
+def open_share(share: dict[str, Any], line: Any, lines: list[Any], channel: Channel, report: bool) -> Listener:
+    """In the worker: the listener for what share() gave. line: its own on the board, one of lines, those of all workers. Raises OSError."""
     opener = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open}[share["strategy"]]
-    return opener(share, line=line, channel=channel, report=report)
+    return opener(share, line=line, lines=lines, channel=channel, report=report)
