@@ -154,7 +154,10 @@ def queued(holder: Endpoint | Socket) -> tuple[int, int] | None:
     sock = holder._sock if isinstance(holder, Endpoint) else holder
     if sys.platform != "linux" or sock is None or sock.fileno() < 0 or sock.family == socket.AF_UNIX:
         return None
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    except OSError:  # a signal handler closed it a moment ago
+        return None
     # Of a listener the kernel gives its queue in tcpi_unacked and its limit in tcpi_sacked (tcp_diag does the same); state 10 is LISTEN.
     if info[0] != 10:
         return None

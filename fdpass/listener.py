@@ -92,7 +92,8 @@ class Listener:
         self._exclusive, self._rotate, self._report = exclusive, rotate, report
         # Re-entrant: SIGTERM's handler drains, and may come while this very thread holds it.
         self._lock = threading.RLock()
-        self._told = self._drained = self._queued = self._accepting = False
+        self._drained = self._queued = self._accepting = self._ordered = False
+        self._said: set[str] = set()
         self._looked: set[int] = set()
         self._reported = 0.0
         self._spare = -1
@@ -125,10 +126,7 @@ class Listener:
 
     def ready(self) -> None:
         """Tells the group that this worker serves; the first accept(), iteration or .socket says so too. Again does nothing."""
-        with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            self._tell(("ready",))
+        self._say("ready")
 
     def accept(self, timeout: float | None = None) -> tuple[Socket, Any]:
         """The next connection as (socket, address); the socket blocks, or follows socket.setdefaulttimeout().
@@ -137,23 +135,27 @@ class Listener:
         other workers serve, and looks again twenty times a second. Raises ClosedError once drained, TimeoutError, OSError.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        self._accepting = True
-        self.ready()
+        if not self._accepting:
+            self._accepting = True
+            self.ready()
+            self._say("follows")
         self._line[HEARTBEAT] = monotonic_ns()
         while True:
             if self._drained:
                 # The order may have come right after an exclusive wake-up, which nobody else gets for that connection.
                 if self._last_look() and (accepted := self._accept()) is not None:
                     return accepted
+                self._say("drained")
                 raise ClosedError("this listener accepts no more: the worker was told to drain")
             left = None if deadline is None else max(0.0, deadline - monotonic())
             if not self._join():
                 left = _ROOM if left is None else min(left, _ROOM)
-            for fd, _ in self._events.poll(left):
-                if fd == self._sock.fileno() and (accepted := self._accept()) is not None:
-                    return accepted
-                if self._channel is not None and fd == self._channel.fileno():
-                    self._obey()
+            found = [fd for fd, _ in self._events.poll(left)]
+            # The order first: where connections never end it would otherwise not be read.
+            if self._channel is not None and self._channel.fileno() in found:
+                self._obey()
+            if self._sock.fileno() in found and (accepted := self._accept()) is not None:
+                return accepted
             if deadline is not None and monotonic() >= deadline and not self._drained:
                 raise TimeoutError(errno.ETIMEDOUT, f"no connection came within {timeout} s")
 
@@ -250,6 +252,14 @@ class Listener:
         with self._lock:
             self._line[word] += step
 
+    def _say(self, word: str) -> None:
+        """Tells the supervisor that word, once. Not from a signal handler: the thread below it may hold the channel."""
+        with self._lock:
+            first = word not in self._said
+            self._said.add(word)
+        if first:
+            self._tell((word,))
+
     def _tell(self, message: tuple[Any, ...]) -> None:
         if self._channel is not None:
             try:
@@ -267,7 +277,12 @@ class Listener:
             order = ("drain",)  # the supervisor is gone
             self._events.unregister(self._channel.fileno())
         if order[0] == "drain":
+            self._ordered = True
             self.drain()
+
+    def _has_orders(self) -> bool:
+        """Whether the supervisor told it to drain, or is gone; what was not read yet counts too."""
+        return self._ordered or (self._channel is not None and self._channel.poll())
 
     def _close(self) -> None:
         """At the worker's end: the last counts, then the listening socket. What threads may still wait on goes with the process."""

@@ -29,6 +29,8 @@ FLOORS = [
     {"fdpass.strategies.shared", "fdpass.strategies.reuseport", "fdpass.aio"},
     {"fdpass.strategies", "fdpass._launch"},
     {"fdpass._worker"},
+    {"fdpass._process"},
+    {"fdpass._succession"},
     {"fdpass.workers"},
     {"fdpass.completion"},
     {"fdpass"},
