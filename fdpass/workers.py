@@ -21,7 +21,7 @@ from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from fdpass import strategies
-from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, WORDS, Board
+from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, LOAD, OPEN, WAITING, WORDS, Board
 from fdpass._launch import Cargo, SignalsHeld, exit_status, pidfd_of
 from fdpass._worker import run
 from fdpass.ancillary import why_no_passing
@@ -69,7 +69,7 @@ class _Worker:
     """One index of the group: its present process, its end of the control channel, and what happened before."""
 
     def __init__(self, index: int, name: str) -> None:
-        self.index, self.name = index, name
+        self.index, self.name, self.line = index, name, index
         self.state = "ended"
         self.process: BaseProcess | None = None
         self.channel: Channel | None = None
@@ -101,8 +101,10 @@ class WorkerGroup:
     target:       called in each worker as target(listener, *args); importable, as multiprocessing wants it under spawn.
     address:      text for listen(), or the Endpoint it returned, which the group takes over.
     workers:      how many, at least 1.
-    strategy:     "shared" (order= "rotate", the default, or "first"), "reuseport", "reuseport-bare", or "auto": shared where
-                  descriptors can be passed, else reuseport-bare with a RuntimeWarning that says why.
+    strategy:     "shared" (order= "rotate", the default, or "first"), "reuseport", "reuseport-bare", "dispatch" (order=
+                  "round-robin", the default, or "least-loaded"), or "auto": shared where descriptors can be passed, else
+                  reuseport-bare with a RuntimeWarning that says why.
+    credits:      under dispatch, connections that a worker may have been given and not received yet: 1 (the default) to 128.
     restart:      "never": a worker that fails makes wait() raise; "on-failure": a successor takes its index and its listener.
     args, args_for: arguments for every worker, or args_for(index) -> tuple for each its own.
     start_method: fork, spawn, forkserver, or None for get_context()'s choice.
@@ -126,6 +128,7 @@ class WorkerGroup:
         start_method: str | None = "spawn",
         *,
         order: str | None = None,
+        credits: int | None = None,
         backlog: int = 4096,
         start_timeout: float = 60.0,
         stop_timeout: float = 10.0,
@@ -156,7 +159,7 @@ class WorkerGroup:
             raise ValueError(f"start_timeout and stop_timeout are 0 or more seconds, not {start_timeout} and {stop_timeout}")
         if not isinstance(address, (str, Endpoint)):
             raise TypeError(f"address is text or an Endpoint of listen(), not {type(address).__name__}")
-        self._strategy = strategies.choose(strategy, order)
+        self._strategy = strategies.choose(strategy, order, credits)
         self._target, self._args, self._args_for, self._name = target, args, args_for, name
         self._restart, self._start_method = restart, start_method
         self._start_timeout, self._stop_timeout = start_timeout, stop_timeout
@@ -175,7 +178,7 @@ class WorkerGroup:
         self._trouble: BaseException | None = None  # what ended the start, or the thread, that was no worker's death
         self._ready_by = 0.0
         self._board: Board | None = None
-        self._lines: list[Any] = [[0] * WORDS] * workers  # of the board while it is open, else what it said last
+        self._lines: list[Any] = [[0] * WORDS] * (2 * workers)  # of the board while it is open, else what it said last
         self._self_pidfd: OwnedFd | None = None
         self._wake: tuple[OwnedFd, OwnedFd] | None = None
         self._over: tuple[OwnedFd, OwnedFd] | None = None
@@ -306,10 +309,11 @@ class WorkerGroup:
             found = []
             lines = self._lines
             for worker in self._workers:
-                line = lines[worker.index]
+                line = lines[worker.line]
+                other = lines[(worker.index + len(self._workers)) if worker.line == worker.index else worker.index]
                 age = (monotonic_ns() - line[HEARTBEAT]) / 1e9 if line[HEARTBEAT] else None
                 who = (worker.index, worker.name, worker.pid, worker.state, worker.exitcode)
-                found.append(WorkerStats(*who, line[ACCEPTED], line[OPEN], worker.restarts, age))
+                found.append(WorkerStats(*who, line[ACCEPTED] + other[ACCEPTED], line[OPEN], worker.restarts, age))
             return found
 
     def fileno(self) -> int:
@@ -330,8 +334,9 @@ class WorkerGroup:
     # -- start -----------------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._board = Board.create(len(self._workers))
+        self._board = Board.create(2 * len(self._workers) + 1)
         self._lines = self._board.lines
+        self._strategy.begin(self._board.fd.fileno(), 2 * len(self._workers))
         if hasattr(os, "pidfd_open"):
             self._self_pidfd = OwnedFd(os.pidfd_open(os.getpid()))
         self._wake = _pipe()
@@ -345,9 +350,12 @@ class WorkerGroup:
         ours, theirs = Pipe()
         try:
             with theirs:
-                share = self._strategy.share(worker.index)
-                line = self._lines[worker.index]
-                line[OPEN], line[HEARTBEAT] = 0, 0
+                if worker.pid:
+                    worker.line = worker.index + len(self._workers) if worker.line == worker.index else worker.index
+                share = self._strategy.share(worker.index, worker.line)
+                share.update(line=worker.line, lines=2 * len(self._workers))
+                line = self._lines[worker.line]
+                line[OPEN], line[HEARTBEAT], line[LOAD], line[WAITING] = 0, 0, 0, 0
                 line[GENERATION] += 1
                 if self._passing:
                     share.update(board=self._board.fd, pidfd=self._self_pidfd)
@@ -366,8 +374,10 @@ class WorkerGroup:
                 finally:
                     cargo.close()
             worker.pidfd = pidfd_of(worker.pid)
+            self._strategy.launched(worker.line, None if worker.pidfd is None else worker.pidfd.fileno())
         except BaseException:
             if worker.process is None:
+                self._strategy.ended(worker.line)
                 ours.close()
                 worker.channel = None
             raise
@@ -450,7 +460,7 @@ class WorkerGroup:
                 if what == "ready" and worker.state == "starting":
                     worker.state, worker.was_ready, worker.deadline, worker.unready = "ready", True, None, 0
                 elif what == "counts" and not self._passing:
-                    self._lines[worker.index][ACCEPTED], self._lines[worker.index][OPEN] = values
+                    self._lines[worker.line][ACCEPTED], self._lines[worker.line][OPEN] = values
         except Exception:  # anything at all can come out of loading what a worker sent
             worker.muted = True
 
@@ -463,7 +473,8 @@ class WorkerGroup:
         pid, told = worker.pid, worker.state == "stopping"
         worker.process, worker.state, worker.deadline = None, "ended", None
         worker.close()
-        self._lines[worker.index][OPEN] = 0
+        self._strategy.ended(worker.line)
+        self._lines[worker.line][OPEN] = 0
         if told or self._stop_by is not None:
             return
         detail = "" if worker.was_ready else "it was never ready"
@@ -539,6 +550,7 @@ class WorkerGroup:
                 continue
             if worker.state != "stopping":
                 worker.state, worker.deadline = "stopping", None
+                self._strategy.retire(worker.line)
                 if worker.channel is not None:
                     try:
                         worker.channel.send(("drain",), timeout=0.1)
@@ -616,9 +628,9 @@ class WorkerGroup:
 
     def _forget(self) -> None:
         """In a forked child: closes what is the supervisor's alone, so that no child keeps a port or a control channel alive."""
-        self._lines = [[0] * WORDS] * len(self._workers)
+        self._lines = [[0] * WORDS] * (2 * len(self._workers))
         self._release()
-        self._strategy.close()
+        self._strategy.forget()
         self._endpoint.close()
         # Another thread of the parent may have held the lock at the fork.
         self._lock = threading.RLock()

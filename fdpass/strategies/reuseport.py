@@ -52,7 +52,7 @@ class Reuseport:
         for sock in self._members:
             sock.listen(self._backlog)
 
-    def share(self, index: int) -> dict[str, Any]:
+    def share(self, index: int, line: int) -> dict[str, Any]:
         """The worker's own socket."""
         return {"strategy": self.name, "index": index, "socket": self._members[index], "backlog": self._backlog}
 
@@ -60,6 +60,22 @@ class Reuseport:
         """The members beyond the endpoint."""
         for sock in self._members[1:]:
             sock.close()
+
+    def begin(self, board: int, lines: int) -> None:
+        """Needs no board."""
+
+    def launched(self, line: int, pidfd: int | None) -> None:
+        """The kernel sees to the rest."""
+
+    def retire(self, line: int) -> None:
+        """The worker leaves its queue itself."""
+
+    def ended(self, line: int) -> None:
+        """Nothing was the worker's alone."""
+
+    def forget(self) -> None:
+        """What close() closes."""
+        self.close()
 
     @staticmethod
     def open(share: dict[str, Any], **inside: Any) -> Listener:
@@ -80,13 +96,29 @@ class ReuseportBare:
     def listen(self) -> None:
         """Each worker does, when it starts; until the first one does, clients are refused."""
 
-    def share(self, index: int) -> dict[str, Any]:
+    def share(self, index: int, line: int) -> dict[str, Any]:
         """Where to bind."""
         family, address = int(self._endpoint.socket.family), self._endpoint.address
         return {"strategy": self.name, "index": index, "family": family, "address": address, "backlog": self._backlog}
 
     def close(self) -> None:
         """Nothing beyond the endpoint."""
+
+    def begin(self, board: int, lines: int) -> None:
+        """Needs no board."""
+
+    def launched(self, line: int, pidfd: int | None) -> None:
+        """The kernel sees to the rest."""
+
+    def retire(self, line: int) -> None:
+        """The worker leaves its queue itself."""
+
+    def ended(self, line: int) -> None:
+        """Nothing was the worker's alone."""
+
+    def forget(self) -> None:
+        """What close() closes."""
+        self.close()
 
     @staticmethod
     def open(share: dict[str, Any], **inside: Any) -> Listener:

@@ -27,12 +27,28 @@ class Shared:
         """Clients wait from now on, they are not refused."""
         self._endpoint.socket.listen(self._backlog)
 
-    def share(self, index: int) -> dict[str, Any]:
+    def share(self, index: int, line: int) -> dict[str, Any]:
         """The same socket for each."""
         return {"strategy": self.name, "index": index, "socket": self._endpoint.socket, "backlog": self._backlog, "order": self.order}
 
     def close(self) -> None:
         """Nothing beyond the endpoint."""
+
+    def begin(self, board: int, lines: int) -> None:
+        """Needs no board."""
+
+    def launched(self, line: int, pidfd: int | None) -> None:
+        """The kernel sees to the rest."""
+
+    def retire(self, line: int) -> None:
+        """The worker leaves its queue itself."""
+
+    def ended(self, line: int) -> None:
+        """Nothing was the worker's alone."""
+
+    def forget(self) -> None:
+        """What close() closes."""
+        self.close()
 
     @staticmethod
     def open(share: dict[str, Any], **inside: Any) -> Listener:
