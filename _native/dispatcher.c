@@ -19,6 +19,7 @@ enum {
     BATCH = 64,         /* connections given in one round, so that the death of a worker is not overlooked for long */
     FULL_MS = 50,       /* how long the listener is left alone while the process has no free number */
     SHUT_MS = 1000,     /* and while it does not listen */
+    LOOK_MS = 5,        /* how long a connection waits for a worker that has less load than those that ask */
     AGAIN_MS = 5,       /* when a message is tried again for which the system had no room */
     PATIENCE_MS = 100,  /* how long a connection may lie unreceived while another worker asks for one */
     SLOW_MS = 1000,     /* how long a worker that left one lying is passed over */
@@ -38,6 +39,7 @@ struct line {
     long long sent;     /* connections that it was given and that were not taken back */
     long long base;     /* its ACCEPTED when it was attached: what is above is what it received */
     long long seen, since; /* received when we last looked; ns: since when it has had something unreceived without receiving any */
+    long long ignored;  /* its ASKED when a connection had waited for it in vain; until it asks again nothing waits for it */
     long long slow;     /* ns: until when it is passed over */
     long long deaf;     /* ns: until when its bytes are not read */
 };
@@ -60,6 +62,7 @@ struct fdp_dispatcher {
     int pendings, pending_size;
     long long paused;   /* ns: until when the listener is left alone */
     long long held;     /* ns: until when nothing is sent */
+    long long patience; /* ns: until when the next connection waits for somebody with less load, 0: it does not */
     long long again;    /* ns: when lines that could not be emptied are tried again */
     fdp_dispatch_stats stats;
     struct fdp_dispatcher *next;
@@ -120,23 +123,45 @@ static long long load(const struct fdp_dispatcher *d, int at) {
     return (open < 0 ? 0 : open > INT_MAX ? INT_MAX : open) + outstanding(d, at);
 }
 
-/* Who gets the next connection: from the one behind the last on, the first or the least loaded. */
-static int choose(const struct fdp_dispatcher *d, long long now) {
+/* Whether it may be worth waiting for this worker, which does not ask now. */
+static int may_ask(const struct fdp_dispatcher *d, int at, long long now) {
+    long long asked = read_word(d, at, FDP_ASKED);
+    return d->line[at].phase == LIVE && d->line[at].slow <= now && asked > 0 && asked != d->line[at].ignored;
+}
+
+/* Who gets the next connection: of those that ask, from the one behind the last on, the first or the least loaded. *above: that one's
+ * load is above the band of somebody who does not ask now and may soon, so that a burst does not all go to the quickest. */
+static int choose(const struct fdp_dispatcher *d, long long now, int *above) {
     int step, at, best = NONE;
-    long long least = 0, this;
+    long long least = 0, lightest = LLONG_MAX, this;
+    *above = 0;
     for (step = 1; step <= d->lines; step++) {
         at = (d->last + step) % d->lines;
-        if (!asks(d, at, now))
+        if (d->order == FDP_ROUND_ROBIN) {
+            if (asks(d, at, now))
+                return at;
             continue;
-        if (d->order == FDP_ROUND_ROBIN)
-            return at;
+        }
+        if (d->line[at].phase != LIVE)
+            continue;
         this = load(d, at);
-        if (best == NONE || this < least) {
-            best = at;
-            least = this;
+        if (asks(d, at, now)) {
+            if (best == NONE || this < least) {
+                best = at;
+                least = this;
+            }
+        } else if (this < lightest && may_ask(d, at, now)) {
+            lightest = this;
         }
     }
+    *above = best != NONE && lightest != LLONG_MAX && least > lightest + 1 + lightest / 128;
     return best;
+}
+
+/* Whether somebody can be given a connection now. */
+static int ready(const struct fdp_dispatcher *d, long long now) {
+    int above;
+    return choose(d, now, &above) != NONE && !(above && d->patience > now);
 }
 
 /* -- connections in hand --------------------------------------------------------------------------------------------------- */
@@ -262,6 +287,30 @@ static int next_connection(struct fdp_dispatcher *d, long long now, int *more) {
     return NONE;
 }
 
+/* Whether a connection is there to be given. */
+static int waits(const struct fdp_dispatcher *d, long long now) {
+    struct pollfd one = {.fd = d->listener, .events = POLLIN, .revents = 0};
+    return d->pendings || (d->paused <= now && poll(&one, 1, 0) == 1 && (one.revents & POLLIN));
+}
+
+/* Whether the next connection goes to somebody although another has less load. */
+static int impatient(struct fdp_dispatcher *d, long long now) {
+    int at;
+    if (!waits(d, now)) {
+        d->patience = 0;
+        return 0;
+    }
+    if (!d->patience)
+        d->patience = now + ms(LOOK_MS);
+    if (d->patience > now)
+        return 0;
+    /* Whoever it waited for is busy, or frozen: the next one does not wait for the same again. */
+    for (at = 0; at < d->lines; at++)
+        if (!asks(d, at, now))
+            d->line[at].ignored = read_word(d, at, FDP_ASKED);
+    return 1;
+}
+
 /* Sends one connection. Returns 0, or -1 when it was not sent.
  * Ownership: consumes fd when it was. */
 static int hand_over(struct fdp_dispatcher *d, int at, int fd, long long now) {
@@ -298,17 +347,18 @@ static int hand_over(struct fdp_dispatcher *d, int at, int fd, long long now) {
 
 /* Gives what there is to whoever asks. */
 static void give(struct fdp_dispatcher *d, long long now) {
-    int i, at, fd, more;
+    int i, at, fd, more, above;
     for (i = 0; i < BATCH && d->held <= now; i++) {
+        if (grow(d) < 0 || (at = choose(d, now, &above)) == NONE)
+            return;
+        if (above && !impatient(d, now))
+            return;
+        d->patience = 0;
         if (d->pendings) {
-            if ((at = choose(d, now)) == NONE)
-                return;
             /* Out of the list first: what hand_over() takes back from a worker it adds there. */
             fd = d->pending[0];
             memmove(d->pending, d->pending + 1, sizeof fd * (size_t)--d->pendings);
         } else {
-            if (grow(d) < 0 || (at = choose(d, now)) == NONE)
-                return;
             take_reserve(d);
             if ((fd = next_connection(d, now, &more)) == NONE) {
                 if (more)
@@ -487,6 +537,7 @@ static long long prepare(struct fdp_dispatcher *d, nfds_t *count, int hungry, lo
     if (!hungry)
         sooner(&first, d->paused, now);
     sooner(&first, d->held, now);
+    sooner(&first, d->patience, now);
     sooner(&first, d->again, now);
     return first;
 }
@@ -518,15 +569,15 @@ static void *dispatch(void *argument) {
         now = now_ns();
         first = review(d, now);
         give(d, now);
-        hungry = choose(d, now) == NONE;
+        hungry = !ready(d, now);
         if (hungry) {
             /* Said before the last look: a worker that asks after it reads this and sends a byte. */
             write_word(d, d->lines, FDP_HUNGRY, 1);
-            if (choose(d, now) != NONE) {
+            if (ready(d, now)) {
                 write_word(d, d->lines, FDP_HUNGRY, 0);
                 continue;
             }
-        } else if (d->pendings && d->held <= now) {
+        } else if (d->pendings && d->held <= now && !d->patience) {
             continue; /* the batch was full */
         }
         first = prepare(d, &count, hungry, now, first);
@@ -663,6 +714,7 @@ int fdp_dispatch_attach(fdp_dispatcher *d, int at) {
     line->ours = ends[0];
     line->theirs = copy;
     line->pidfd = NONE;
+    line->ignored = -1;
     line->phase = LIVE;
     d->changes++;
     line->base = read_word(d, at, FDP_ACCEPTED);

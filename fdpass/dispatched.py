@@ -4,7 +4,6 @@ accepted here."""
 from __future__ import annotations
 
 import errno
-import select
 import socket
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -15,7 +14,7 @@ from fdpass.listener import Listener, ListenSocket
 
 if TYPE_CHECKING:
     from fdpass.channel import Channel
-    from fdpass.listener import Socket
+    from fdpass.listener import AcceptedSocket, Socket
 
 _WAIT = frozenset({-errno.EAGAIN, -errno.EINTR})
 _FULL = frozenset({-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM})
@@ -78,13 +77,15 @@ class DispatchListener(Listener):
         with self._lock:
             if self._drained or self._over:
                 return True
-            if not self._asking.reserve():
+            if not self._asking.reserve() or not super()._join():
                 return False
-            if not self._queued:
-                self._queued = True
-                self._events.register(self._sock.fileno(), select.POLLIN)
             self._ask()
             return True
+
+    def _may_ask(self) -> bool:
+        """Whether there is a descriptor for one more connection, and somebody who would give one."""
+        with self._lock:
+            return not self._over and self._asking.reserve()
 
     def _leave(self) -> None:
         """Gives up what was asked for: the dispatcher takes back what lies here."""
@@ -94,7 +95,7 @@ class DispatchListener(Listener):
                 self._asking.ask(self._asked, wake=True)
             super()._leave()
 
-    def _accept(self) -> tuple[Socket, Any] | None:
+    def _accept(self) -> tuple[AcceptedSocket, Any] | None:
         # Under the lock to the end: the dispatcher must see that a connection was received before it sees that one more is asked for.
         with self._lock:
             if self._over or self._sock.fileno() < 0:

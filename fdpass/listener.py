@@ -46,16 +46,16 @@ class ListenSocket(Socket):
 class AcceptedSocket(Socket):
     """A connection that tells the board when it is closed or detached."""
 
-    __slots__ = ("_ended", "_listener")
+    __slots__ = ("_after", "_listener")
     _listener: Listener | None
-    _ended: Callable[[], object] | None  # called once, when it is counted no more
+    _after: Callable[[], object] | None  # called once, when it is counted no more
 
     def _leave(self) -> None:
         listener, self._listener = getattr(self, "_listener", None), None
         if listener is not None:
             listener._count(OPEN, -1)
-            if self._ended is not None:
-                self._ended()
+            if self._after is not None:
+                self._after()
 
     def close(self) -> None:
         """Closes the connection; files made of it keep it open, as with any socket."""
@@ -201,7 +201,7 @@ class Listener:
         loop.add_reader(fd, obey)
         self._say("follows")
 
-    def _accept(self) -> tuple[Socket, Any] | None:
+    def _accept(self) -> tuple[AcceptedSocket, Any] | None:
         try:
             plain, address = self._sock.accept()
         except BlockingIOError:
@@ -236,7 +236,7 @@ class Listener:
     def _admit(self, plain: Socket, address: Any) -> tuple[AcceptedSocket, Any]:
         """Takes over a connection and counts it."""
         conn = AcceptedSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
-        conn._listener, conn._ended = self, None
+        conn._listener, conn._after = self, None
         self._count(OPEN, 1)
         self._count(ACCEPTED, 1)
         self._line[HEARTBEAT] = monotonic_ns()
@@ -280,6 +280,10 @@ class Listener:
     def _count(self, word: int, step: int) -> None:
         with self._lock:
             self._line[word] += step
+
+    def _left(self) -> None:
+        """Tells the supervisor, once, that the drained listener is out of the queue."""
+        self._say("drained")
 
     def _say(self, word: str) -> None:
         """Tells the supervisor that word, once. Not from a signal handler: the thread below it may hold the channel."""
