@@ -75,8 +75,10 @@ class WorkerGroup:
     target:       called in each worker as target(listener, *args); importable, as multiprocessing wants it under spawn.
     address:      text for listen(), or the Endpoint it returned, which the group takes over.
     workers:      how many, at least 1.
-    strategy:     "shared" (order= "rotate", the default, or "first"), "reuseport", "reuseport-bare", or "auto": shared where
-                  descriptors can be passed, else reuseport-bare with a RuntimeWarning that says why.
+    strategy:     "shared" (order= "rotate", the default, "first" or "least-loaded"), "reuseport", "reuseport-bare", "dispatch" (order=
+                  "round-robin", the default, or "least-loaded"), or "auto": shared where descriptors can be passed, else
+                  reuseport-bare with a RuntimeWarning that says why.
+    credits:      under dispatch, connections that a worker may have been given and not received yet: 1 (the default) to 128.
     restart:      "never": a worker that fails makes wait() raise; "on-failure": a successor takes its index and its listener.
     args, args_for: arguments for every worker, or args_for(index) -> tuple for each its own.
     start_method: fork, spawn, forkserver, or None for get_context()'s choice.
@@ -100,6 +102,7 @@ class WorkerGroup:
         start_method: str | None = "spawn",
         *,
         order: str | None = None,
+        credits: int | None = None,
         backlog: int = 4096,
         start_timeout: float = 60.0,
         stop_timeout: float = 10.0,
@@ -130,7 +133,7 @@ class WorkerGroup:
             raise ValueError(f"start_timeout and stop_timeout are 0 or more seconds, not {start_timeout} and {stop_timeout}")
         if not isinstance(address, (str, Endpoint)):
             raise TypeError(f"address is text or an Endpoint of listen(), not {type(address).__name__}")
-        self._strategy = strategies.choose(strategy, order)
+        self._strategy = strategies.choose(strategy, order, credits)
         self._target, self._args, self._args_for, self._name = target, args, args_for, name
         self._restart, self._start_method = restart, start_method
         self._start_timeout, self._stop_timeout = start_timeout, stop_timeout
