@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fdpass.channel import Channel, Pipe
     from fdpass.completion import wait_for_completion_or_failure
     from fdpass.endpoint import Endpoint, listen
+    from fdpass.exposition import metrics
     from fdpass.handles import SocketHandle
     from fdpass.listener import Listener
     from fdpass.reduction import register, registered, unregister
@@ -60,6 +61,7 @@ __all__ = [
     "WrongDescriptorError",
     "get_context",
     "listen",
+    "metrics",
     "raise_fd_limit",
     "recv_fds",
     "register",
@@ -80,6 +82,7 @@ _LATER = {
     "aio": "aio",
     "get_context": "start",
     "listen": "endpoint",
+    "metrics": "exposition",
     "register": "reduction",
     "registered": "reduction",
     "store_stats": "_store",

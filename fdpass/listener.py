@@ -317,7 +317,10 @@ class Listener:
 
     def _has_orders(self) -> bool:
         """Whether the supervisor told it to drain, or is gone; what was not read yet counts too."""
-        return self._ordered or (self._channel is not None and self._channel.poll())
+        try:
+            return self._ordered or (self._channel is not None and self._channel.poll())
+        except (FdPassError, OSError):
+            return True  # the target closed it
 
     def _close(self) -> None:
         """At the worker's end: the last counts, then the listening socket. What threads may still wait on goes with the process."""

@@ -33,7 +33,7 @@ FLOORS = [
     {"fdpass._process"},
     {"fdpass._succession"},
     {"fdpass.workers"},
-    {"fdpass.completion"},
+    {"fdpass.completion", "fdpass.exposition"},
     {"fdpass"},
     {"fdpass_bench", "fdpass_bench._loadgen"},
     {
@@ -70,6 +70,7 @@ PUBLIC = [
     "Endpoint",
     "Listener",
     "WorkerGroup",
+    "metrics",
     "wait_for_completion_or_failure",
     "FdPassError",
     "ClosedError",
