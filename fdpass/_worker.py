@@ -40,7 +40,7 @@ def run(channel: Channel, cargo: Cargo) -> None:
         pidfd.close()
     reports = board is None
     page = Board.create(share["index"] + 1) if board is None else Board(board)
-    listener = strategies.open_share(share, page.lines[share["index"]], channel, reports)
+    listener = strategies.open_share(share, page.lines[share["index"]], page.lines, channel, reports)
     os.register_at_fork(after_in_child=lambda: _in_forked_child(listener))
     signal.signal(signal.SIGTERM, _Terminate(listener))
     try:

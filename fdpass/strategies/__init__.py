@@ -10,12 +10,14 @@ from fdpass.strategies.reuseport import Reuseport, ReuseportBare
 from fdpass.strategies.shared import Shared
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fdpass.channel import Channel
     from fdpass.endpoint import Endpoint
     from fdpass.listener import Listener
 
 NAMES = ("shared", "reuseport", "reuseport-bare", "auto")
-ORDERS = ("rotate", "first")
+ORDERS = ("rotate", "first", "least-loaded")
 
 
 class Strategy(Protocol):
@@ -61,7 +63,7 @@ def choose(name: str, order: str | None) -> Strategy:
     return Reuseport() if name == "reuseport" else ReuseportBare()
 
 
-def open_share(share: dict[str, Any], line: Any, channel: Channel, report: bool) -> Listener:
+def open_share(share: dict[str, Any], line: Any, lines: Sequence[Any], channel: Channel, report: bool) -> Listener:
     """In the worker: the listener for what share() gave. Raises OSError."""
     opener = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open}[share["strategy"]]
-    return opener(share, line=line, channel=channel, report=report)
+    return opener(share, line=line, lines=lines, channel=channel, report=report)
