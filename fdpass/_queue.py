@@ -11,11 +11,11 @@ import select
 import warnings
 from contextlib import nullcontext
 from functools import cache
-from time import monotonic
+from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _syscall
-from fdpass._board import LOAD, OPEN, WAITING
+from fdpass._board import HEARTBEAT, LOAD, OPEN, WAITING
 
 if TYPE_CHECKING:
     import socket
@@ -43,8 +43,8 @@ class Place:
     """
 
     __slots__ = (
-        "_look_at", "_others", "_poll", "_room_at", "_spare", "ended", "events", "exclusive", "fd", "line", "lock", "pause", "queued", "rotates",
-        "spare_of",
+        "_look_at", "_others", "_poll", "_room_at", "_spare", "ended", "events", "exclusive", "fd", "line", "lock", "pause", "queued",
+        "rotates", "spare_of",
     )  # fmt: skip
 
     def __init__(
@@ -93,7 +93,7 @@ class Place:
         return self.queued or self._join()
 
     def overdue(self) -> bool:
-        """Whether a connection waits although this worker has stayed out for its load until the next look: who should have taken it did not.
+        """Whether a connection waits although this worker has stayed out for its load for as long as a look: who should have it did not.
 
         A lighter worker may be frozen, or busy with what it just began: nobody waits for it longer than one look.
         """
@@ -166,8 +166,9 @@ class Place:
             self.settle()
 
     def begin_wait(self) -> None:
-        """Says on the board that this worker waits in the queue."""
+        """Says on the board that this worker goes to wait, in the queue or out of it."""
         if self.line is not None:
+            self.line[HEARTBEAT] = monotonic_ns()
             self.line[WAITING] = int(self.queued)
 
     def end_wait(self) -> None:

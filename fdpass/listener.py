@@ -1,4 +1,4 @@
-"""Listener: what a worker accepts from, what it counts, how it is told to drain. The queue is _queue.py's; it does not know other workers."""
+"""Listener: what a worker accepts from, how it counts and is told to drain. The queue is _queue.py's; it does not know other workers."""
 
 from __future__ import annotations
 
@@ -171,7 +171,6 @@ class Listener:
         self._accepting = True
         self.ready()
         self._say_follows()
-        self._line[HEARTBEAT] = monotonic_ns()
         while True:
             if self._drained:
                 # The order may have come right after an exclusive wake-up, which nobody else gets for that connection.
