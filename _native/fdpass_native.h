@@ -91,6 +91,10 @@ int fdp_adopt(int fd);
  * Ownership: borrows fd. */
 int fdp_socket_probe(int fd, fdp_socket_info *info);
 
+/* 1 when fd is a socket on which listen() was called, 0 for anything else, -EBADF when it is not open.
+ * Ownership: borrows fd. */
+int fdp_listens(int fd);
+
 /* Waits until fd is readable (writing = 0) or writable (1); timeout in milliseconds, negative for ever.
  * Returns 1 when ready (errors and hang-ups count as ready), 0 on time-out.
  * Ownership: borrows fd. */

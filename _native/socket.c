@@ -101,6 +101,14 @@ int fdp_socket_probe(int fd, fdp_socket_info *info) {
     return 0;
 }
 
+int fdp_listens(int fd) {
+    int listening = 0;
+    int result = plat_option(fd, SO_ACCEPTCONN, &listening);
+    if (result < 0)
+        return result == -EBADF ? result : 0;
+    return listening != 0;
+}
+
 int fdp_wait(int fd, int writing, int timeout_ms) {
     struct pollfd one = {.fd = fd, .events = writing ? POLLOUT : POLLIN, .revents = 0};
     int ready = poll(&one, 1, timeout_ms);

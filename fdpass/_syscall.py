@@ -250,6 +250,11 @@ def probe(fd: int) -> Any:
     return info
 
 
+def listens(fd: int) -> bool:
+    """Whether fd is a listening socket; one system call, for event loops that ask it of every descriptor."""
+    return bool(lib.fdp_listens(fd) > 0)
+
+
 def watch_start(pidfd: int, channel: int, supervisor: int, grace: float) -> None:
     """Ends this process when the supervisor ends: see fdp_watch_start. grace: seconds. Raises OSError."""
     code = lib.fdp_watch_start(pidfd, channel, supervisor, int(grace * 1000))

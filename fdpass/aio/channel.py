@@ -428,9 +428,7 @@ _REFUSALS = {
 }
 
 
-async def start_channel_server(
-    callback: Callback, path: str | os.PathLike[str], *, backlog: int = 100, **terms: Any
-) -> ChannelServer:
+async def start_channel_server(callback: Callback, path: str | os.PathLike[str], *, backlog: int = 100, **terms: Any) -> ChannelServer:
     """Listens on the path of a Unix socket and calls callback(channel) for each connection, in a task if it is a coroutine function.
 
     path: a stale socket file there is replaced; the new one has mode 0600. terms: those of Channel, for each channel.

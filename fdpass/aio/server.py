@@ -11,8 +11,8 @@ from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING
 
 from fdpass import _syscall
+from fdpass._queue import EXHAUSTED, GIVEN_UP, ROOM
 from fdpass.dispatched import DispatchListener
-from fdpass.listener import _EXHAUSTED, _GIVEN_UP, _ROOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,7 +185,7 @@ class Server(asyncio.AbstractServer):
             self._loop.add_reader(self._source.fileno(), self._readable)
             self._source.ask()
         else:
-            self._resting = self._loop.call_later(_ROOM, self._join)
+            self._resting = self._loop.call_later(ROOM, self._join)
 
     def _readable(self) -> None:
         # One at a time: what this loop does not take in this turn, another worker may.
@@ -196,7 +196,7 @@ class Server(asyncio.AbstractServer):
             # Out of descriptors: out of the queue, where others serve, until there is room.
             self._loop.remove_reader(self._source.fileno())
             self._source.leave()
-            self._resting = self._loop.call_later(_ROOM, self._join)
+            self._resting = self._loop.call_later(ROOM, self._join)
         elif self._source.asks and not self._asking:
             self._asking = True
             self._ask_after(_TURNS)
@@ -273,7 +273,7 @@ class _Queue:
             try:
                 self._spare = _syscall.dup(self._sock.fileno())
             except OSError as error:
-                if error.errno not in _EXHAUSTED:
+                if error.errno not in EXHAUSTED:
                     raise
         self.full = self._spare < 0
         return not self.full
@@ -287,9 +287,9 @@ class _Queue:
         except (BlockingIOError, InterruptedError):
             return None  # another worker was faster
         except OSError as error:
-            if error.errno in _GIVEN_UP:
+            if error.errno in GIVEN_UP:
                 return None
-            if error.errno not in _EXHAUSTED:
+            if error.errno not in EXHAUSTED:
                 raise
             # The exclusive wake-up was spent on this worker: the spare descriptor makes room for that connection.
             self.full = True

@@ -14,11 +14,13 @@ from fdpass.strategies.reuseport import Reuseport, ReuseportBare
 from fdpass.strategies.shared import Shared
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fdpass.channel import Channel
     from fdpass.listener import Listener
 
 NAMES = ("shared", "reuseport", "reuseport-bare", "dispatch", "auto")
-ORDERS = ("rotate", "first")
+ORDERS = ("rotate", "first", "least-loaded")
 
 
 def choose(name: str, order: str | None, credits: int | None = None) -> Strategy:
@@ -60,5 +62,5 @@ def _dispatch(order: str, credits: int) -> Dispatch:
 
 def open_share(share: dict[str, Any], line: Any, lines: list[Any], channel: Channel, report: bool) -> Listener:
     """In the worker: the listener for what share() gave. line: its own on the board, one of lines, those of all workers. Raises OSError."""
-    openers = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open, "dispatch": Dispatch.open}
+    openers: dict[str, Callable[..., Listener]] = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open, "dispatch": Dispatch.open}
     return openers[share["strategy"]](share, line=line, lines=lines, channel=channel, report=report)

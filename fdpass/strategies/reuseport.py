@@ -96,4 +96,4 @@ class ReuseportBare(Strategy):
         sock = ListenSocket(join(share["family"], tuple(share["address"])), share["backlog"])
         sock.setblocking(False)
         sock.listen()
-        return Listener(sock, share["index"], "reuseport-bare", **inside)
+        return Listener(sock, share["index"], "reuseport-bare", sole=True, **inside)

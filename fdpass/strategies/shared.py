@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Shared(Strategy):
-    """order: "rotate" puts a worker at the end of the queue after each connection, "first" leaves it where it registered."""
+    """order: "rotate" puts a worker at the end of the queue after each connection, "first" leaves it where it registered, "least-loaded"
+    rotates and keeps a worker out of the queue while its load is above the band of the least loaded that waits."""
 
     name, held, passes = "shared", False, True
 
@@ -41,4 +42,5 @@ class Shared(Strategy):
     def open(share: dict[str, Any], **inside: Any) -> Listener:
         """A listener that waits exclusively, in an epoll of its own."""
         sock = ListenSocket(share["socket"], share["backlog"])
-        return Listener(sock, share["index"], "shared", exclusive=True, rotate=share["order"] == "rotate", **inside)
+        order = share["order"]
+        return Listener(sock, share["index"], "shared", exclusive=True, rotate=order != "first", balance=order == "least-loaded", **inside)
