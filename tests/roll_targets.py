@@ -1,4 +1,4 @@
-"""What the workers of the roll tests run. What they do is read from a file at their start, as the code of a new program version would be."""
+"""What the workers of the roll tests run. What it is, they read from a file at their start, as they would a new program version."""
 
 from __future__ import annotations
 
