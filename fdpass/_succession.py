@@ -49,9 +49,13 @@ class Slot:
         return sum(self.lines) - chosen if chosen in taken else chosen
 
     def follow(self) -> None:
-        """The successor takes its place; whoever served there until now is leaving."""
+        """The successor takes its place; whoever served there until now, if anybody, is leaving."""
         assert self.successor is not None
-        self.leaving, self.present, self.successor = self.present, self.successor, None
+        if self.present is not None:
+            # Never a second one: a roll waits until the first has ended, and a restart follows nobody.
+            assert self.leaving is None
+            self.leaving = self.present
+        self.present, self.successor = self.successor, None
         self.pid, self.number = self.present.pid, self.present.number
 
 
