@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import threading
+from typing import Any
 
 import fdpass
 from fdpass._board import ACCEPTED, ASKED, LOAD
@@ -76,11 +77,14 @@ def loaded(listener: fdpass.Listener) -> None:
 
 
 def times_out(listener: fdpass.Listener) -> None:
-    """Accepts with a time limit that never suffices, once, then as usual."""
+    """Accepts with a time limit that hardly ever suffices, once, then as usual."""
     try:
-        listener.accept(timeout=0)
+        conn, _ = listener.accept(timeout=0)
     except TimeoutError:
         pass
+    else:
+        with conn:
+            conn.sendall(who(listener))
     answer(listener)
 
 
@@ -189,8 +193,7 @@ class Echo(asyncio.Protocol):
     def __init__(self, listener: fdpass.Listener) -> None:
         self.listener = listener
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
         transport.write(who(self.listener) + b"\n")
 
@@ -274,7 +277,7 @@ def serve_exhausted(listener: fdpass.Listener) -> None:
         eaten: list[int] = []  # noqa: RUF012  (one for all, on purpose)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if listener.index == 0 and not self.eaten:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (64, self.limit[1]))
@@ -305,8 +308,7 @@ def server_object(listener: fdpass.Listener) -> None:
                 wrong.append(what)
 
         class Report(asyncio.Protocol):
-            def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                assert isinstance(transport, asyncio.Transport)
+            def connection_made(self, transport: Any) -> None:
                 transport.write((", ".join(wrong) or "nothing").encode())
                 transport.close()
 

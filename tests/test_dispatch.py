@@ -41,7 +41,11 @@ def group(target: Any, workers: int = 2, address: str = "127.0.0.1:0", **options
 def connect(endpoint: fdpass.Endpoint) -> socket.socket:
     sock = socket.socket(endpoint.socket.family)
     sock.settimeout(60)
-    sock.connect(endpoint.address)
+    try:
+        sock.connect(endpoint.address)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 
@@ -818,7 +822,7 @@ def test_serve_may_be_cancelled_and_called_again(strategy: str) -> None:
                 sock.recv(100)
                 sock.sendall(word)
                 assert sock.recv(100) == b"cancelled"
-        if strategy.startswith("reuseport"):
+        if strategy == "reuseport":
             with pytest.raises(fdpass.WorkerDied, match="its share"):
                 running.wait()
         else:
