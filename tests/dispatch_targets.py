@@ -197,6 +197,10 @@ class Echo(asyncio.Protocol):
         self.transport = transport
         transport.write(who(self.listener) + b"\n")
 
+    def again(self) -> Echo:
+        """Another one of its kind."""
+        return type(self)(self.listener)
+
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
         if data == b"end":
@@ -252,18 +256,19 @@ def serve_cancelled(listener: fdpass.Listener) -> None:
     async def main() -> None:
         words: list[bytes] = []
         while b"stop" not in words:
-            task: asyncio.Task[None]
+            tasks: list[asyncio.Task[None]] = []
 
             class Word(Echo):
-                def data_received(self, data: bytes) -> None:
+                def data_received(self, data: bytes, tasks: list[asyncio.Task[None]] = tasks) -> None:
                     words.append(data)
-                    task.cancel()
+                    tasks[0].cancel()
                     self.transport.write(b"cancelled")
                     self.transport.close()
 
-            task = asyncio.ensure_future(fdpass.aio.serve(lambda: Word(listener), listener))
+            # The class is made anew in each turn.
+            tasks.append(asyncio.ensure_future(fdpass.aio.serve(Word(listener).again, listener)))
             try:
-                await task
+                await tasks[0]
             except asyncio.CancelledError:
                 pass
 
