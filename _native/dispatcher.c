@@ -384,10 +384,11 @@ static int withdrawn(const struct fdp_dispatcher *d, int at) {
 }
 
 /* Takes connections back that lie unreceived too long while others ask, and those of workers that have withdrawn. Returns when to look
- * again, 0: not before something happens. */
-static long long review(struct fdp_dispatcher *d, long long now) {
+ * again, 0: not before something happens. *watch: whoever asks next should wake us, for one lies there and nobody else asks. */
+static long long review(struct fdp_dispatcher *d, long long now, int *watch) {
     long long first = 0, count;
-    int at, other, free;
+    int at, other, live, free;
+    *watch = 0;
     if (d->again && d->again <= now) {
         d->again = 0;
         for (at = 0; at < d->lines; at++)
@@ -410,11 +411,16 @@ static long long review(struct fdp_dispatcher *d, long long now) {
             line->seen = count;
             line->since = now;
         }
-        free = 0;
+        live = free = 0;
         for (other = 0; other < d->lines && !free; other++)
-            free = other != at && asks(d, other, now);
-        if (!free)
-            continue; /* whoever asks next wakes us */
+            if (other != at && d->line[other].phase == LIVE) {
+                live = 1;
+                free = asks(d, other, now);
+            }
+        if (!free) {
+            *watch |= live;
+            continue;
+        }
         if (line->since + ms(PATIENCE_MS) <= now) {
             line->slow = now + ms(SLOW_MS);
             line->since = take_back(d, at, &d->stats.rescued) < 0 ? now : 0;
@@ -563,22 +569,25 @@ static void *dispatch(void *argument) {
     long long now, first, left;
     nfds_t count;
     unsigned int changes;
-    int hungry, timeout, result;
+    int hungry, watch, timeout, result;
     pthread_mutex_lock(&d->lock);
     while (!d->stopping) {
         now = now_ns();
-        first = review(d, now);
         give(d, now);
+        first = review(d, now, &watch);
         hungry = !ready(d, now);
-        if (hungry) {
+        if (!hungry && d->pendings && d->held <= now && !d->patience)
+            continue; /* the batch was full, or something was taken back */
+        if (hungry || watch) {
             /* Said before the last look: a worker that asks after it reads this and sends a byte. */
             write_word(d, d->lines, FDP_HUNGRY, 1);
-            if (ready(d, now)) {
+            if (hungry && ready(d, now)) {
                 write_word(d, d->lines, FDP_HUNGRY, 0);
                 continue;
             }
-        } else if (d->pendings && d->held <= now && !d->patience) {
-            continue; /* the batch was full */
+            if (watch)
+                first = review(d, now, &watch);
+            watch = 1;
         }
         first = prepare(d, &count, hungry, now, first);
         left = first - now;
@@ -589,7 +598,7 @@ static void *dispatch(void *argument) {
         if (result < 0 && errno != EINTR && errno != EAGAIN)
             result = -2;
         pthread_mutex_lock(&d->lock);
-        if (hungry)
+        if (hungry || watch)
             write_word(d, d->lines, FDP_HUNGRY, 0);
         if (d->stopping)
             break;

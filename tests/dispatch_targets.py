@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import threading
+from typing import Any
 
 import fdpass
 from fdpass._board import ACCEPTED, ASKED, LOAD
@@ -76,11 +77,14 @@ def loaded(listener: fdpass.Listener) -> None:
 
 
 def times_out(listener: fdpass.Listener) -> None:
-    """Accepts with a time limit that never suffices, once, then as usual."""
+    """Accepts with a time limit that hardly ever suffices, once, then as usual."""
     try:
-        listener.accept(timeout=0)
+        conn, _ = listener.accept(timeout=0)
     except TimeoutError:
         pass
+    else:
+        with conn:
+            conn.sendall(who(listener))
     answer(listener)
 
 
@@ -189,10 +193,13 @@ class Echo(asyncio.Protocol):
     def __init__(self, listener: fdpass.Listener) -> None:
         self.listener = listener
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
         transport.write(who(self.listener) + b"\n")
+
+    def again(self) -> Echo:
+        """Another one of its kind."""
+        return type(self)(self.listener)
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
@@ -249,18 +256,19 @@ def serve_cancelled(listener: fdpass.Listener) -> None:
     async def main() -> None:
         words: list[bytes] = []
         while b"stop" not in words:
-            task: asyncio.Task[None]
+            tasks: list[asyncio.Task[None]] = []
 
             class Word(Echo):
-                def data_received(self, data: bytes) -> None:
+                def data_received(self, data: bytes, tasks: list[asyncio.Task[None]] = tasks) -> None:
                     words.append(data)
-                    task.cancel()
+                    tasks[0].cancel()
                     self.transport.write(b"cancelled")
                     self.transport.close()
 
-            task = asyncio.ensure_future(fdpass.aio.serve(lambda: Word(listener), listener))
+            # The class is made anew in each turn.
+            tasks.append(asyncio.ensure_future(fdpass.aio.serve(Word(listener).again, listener)))
             try:
-                await task
+                await tasks[0]
             except asyncio.CancelledError:
                 pass
 
@@ -274,7 +282,7 @@ def serve_exhausted(listener: fdpass.Listener) -> None:
         eaten: list[int] = []  # noqa: RUF012  (one for all, on purpose)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if listener.index == 0 and not self.eaten:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (64, self.limit[1]))
@@ -305,8 +313,7 @@ def server_object(listener: fdpass.Listener) -> None:
                 wrong.append(what)
 
         class Report(asyncio.Protocol):
-            def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                assert isinstance(transport, asyncio.Transport)
+            def connection_made(self, transport: Any) -> None:
                 transport.write((", ".join(wrong) or "nothing").encode())
                 transport.close()
 

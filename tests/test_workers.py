@@ -272,7 +272,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts() -> None:
     [
         ({"workers": 0}, ValueError, "at least 1"),
         ({"workers": 1.5}, TypeError, "number"),
-        ({"strategy": "magic"}, ValueError, "shared, reuseport, reuseport-bare, auto"),
+        ({"strategy": "magic"}, ValueError, "shared, reuseport, reuseport-bare, dispatch, auto"),
         ({"order": "last"}, ValueError, "rotate, first, least-loaded"),
         ({"order": "first", "strategy": "reuseport"}, ValueError, "belongs to strategy 'shared'"),
         ({"restart": "always"}, ValueError, "never, on-failure"),

@@ -150,10 +150,8 @@ class Server(asyncio.AbstractServer):
     def abort_clients(self) -> None:
         """Closes every connection at once."""
         for transport in list(self._transports):
-            if isinstance(transport, asyncio.WriteTransport):
-                transport.abort()
-            else:
-                transport.close()
+            # uvloop's are of no class of asyncio's.
+            transport.abort()  # type: ignore[attr-defined]
 
     # -- draining --------------------------------------------------------------------------------------------------------------
 
