@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
 import select
@@ -26,7 +27,7 @@ import trustme
 import fdpass
 from fdpass import _queue, aio
 from fdpass._board import ACCEPTED, LOAD, OPEN, WAITING, WORDS
-from fdpass._queue import LOOK, Place
+from fdpass._queue import Place
 from fdpass.channel import Channel
 from fdpass.listener import AcceptedSocket, Listener, ListenSocket, listener_of
 
@@ -71,7 +72,7 @@ def spaced(pids: list[int], ask: Callable[[], Any], count: int = 60) -> tuple[Co
     return answers, (switches(pids) - before) / count
 
 
-def assert_even(answers: Counter[Any], per_connection: float) -> None:
+def assert_even(answers: Counter[Any], per_connection: float = 0) -> None:
     assert len(answers) == 4
     assert 12 <= min(answers.values()) <= max(answers.values()) <= 18, answers
     # Stock loops: about 4.
@@ -103,6 +104,17 @@ def pids_of(group: fdpass.WorkerGroup) -> list[int]:
 
 def group(target: Any, workers: int = 4, address: str = "127.0.0.1:0", **options: Any) -> fdpass.WorkerGroup:
     return fdpass.WorkerGroup(target, address, workers=workers, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libuv() -> None:
+    """libuv keeps a pipe and threads for the life of the process: they start here, before a test's balance is taken."""
+    with asyncio.Runner(loop_factory=aio.new_uvloop_event_loop) as runner:
+
+        async def main() -> None:
+            await asyncio.get_running_loop().getaddrinfo("127.0.0.1", 1)
+
+        runner.run(main())
 
 
 # -- evenness ----------------------------------------------------------------------------------------------------------------
@@ -139,7 +151,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ssl.SSLCon
 def test_tls_is_even_and_a_failed_handshake_harms_nobody(which: str, authority: tuple[str, ssl.SSLContext]) -> None:
     certificate, context = authority
     with group(targets.hold, args=(which, certificate)) as running:
-        assert_even(*spaced(pids_of(running), lambda: word(running.endpoint.address, context)))
+        answers, _ = spaced(pids_of(running), lambda: word(running.endpoint.address, context))
+        assert_even(answers)  # a handshake takes more than one wake-up
         with connect(running.endpoint.address) as sock:
             sock.sendall(b"this is no handshake" * 10)
             with contextlib.suppress(ConnectionError):
@@ -296,7 +309,7 @@ def test_what_a_server_refuses(which: str, tmp_path: Path) -> None:
                 with pytest.raises(ValueError):
                     await loop.create_server(factory, **arguments)
             with pytest.raises(TypeError):
-                await loop.create_server(factory, sock=sock, ssl="yes")
+                await loop.create_server(factory, sock=sock, ssl=True)
             for arguments in ({"path": f"{tmp_path}/s", "sock": sock}, {}, {"sock": sock}):
                 with pytest.raises(ValueError):
                     await loop.create_unix_server(factory, **arguments)
@@ -319,8 +332,8 @@ def test_a_protocol_factory_that_fails_leaves_nothing_behind(which: str) -> None
             raise RuntimeError("deliberate")
 
         server = await loop.create_server(factory, "127.0.0.1", 0)
-        seen: list[Any] = []
-        loop.set_exception_handler(lambda _, context: seen.append(context))
+        seen: list[str] = []
+        loop.set_exception_handler(lambda _, context: seen.append(context["message"]))
         loop.set_debug(True)
         with connect(server.sockets[0].getsockname()):
             while not asked:
@@ -328,6 +341,7 @@ def test_a_protocol_factory_that_fails_leaves_nothing_behind(which: str) -> None
             while not seen:
                 await asyncio.sleep(0)
         server.close()
+        gc.collect()
 
     with pytest.warns(ResourceWarning) if which == "asyncio" else contextlib.nullcontext():
         run(which, main)
@@ -394,10 +408,9 @@ def test_a_uvloop_that_does_not_tell_its_epoll(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(_queue, "_warned", set())
     monkeypatch.setattr(uvloops.uvloop, "Loop", Loop)
-    with pytest.warns(RuntimeWarning, match="_get_backend_id") as caught:
-        for _ in range(2):
-            aio.new_uvloop_event_loop().close()
-    assert len(caught) == 1
+    with pytest.warns(RuntimeWarning, match="_get_backend_id"):
+        aio.new_uvloop_event_loop().close()
+    aio.new_uvloop_event_loop().close()  # a second warning would be an error
 
 
 def test_without_uvloop_a_sentence_says_so(run_python: Any) -> None:
@@ -417,9 +430,8 @@ else:
 
 def test_a_failed_start_of_a_loop_leaves_nothing_open(full_table: Any) -> None:
     for free in range(6):
-        with full_table(free=free):
-            with contextlib.suppress(OSError):
-                aio.new_event_loop().close()
+        with full_table(free=free), contextlib.suppress(OSError):
+            aio.new_event_loop().close()
 
 
 # -- the selector ------------------------------------------------------------------------------------------------------------
@@ -581,7 +593,7 @@ def line(load: int, waiting: int = 1) -> list[int]:
         (1, [0, 5], True),
         (2, [0, 5], False),
         (200, [198], True),
-        (200, [197], True),
+        (200, [197], False),
         (201, [198], False),
         (9, [], True),
     ],
@@ -592,7 +604,7 @@ def test_the_band(own: int, others: list[int], inside: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock, select.epoll() as epoll:
         place = Place(sock.fileno(), epoll, exclusive=True, rotate=True, line=mine, lines=lines)
         assert place.settle() is place.queued is inside
-        assert inside or 0 < place.pause <= LOOK
+        assert (place.pause is None) is inside
         mine[LOAD] = 1  # the server says 0
         assert place.settle()
         place.close()
