@@ -27,8 +27,11 @@ EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 GIVEN_UP = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH})
 #: How often a worker without a free descriptor looks whether there is one, in seconds.
 ROOM = 0.05
-#: How often a worker that its load keeps out looks whether that has changed, and whether a connection waits all the same, in seconds.
-LOOK = 0.005
+#: A worker that its load keeps out looks so often whether that has changed, and whether a connection waits all the same; it takes one that
+#: still waits at a second look, so long afterwards: at the first the one whose it is may just be waking up. In seconds.
+LOOK, AGAIN = 0.0025, 0.0025
+#: So long after it came back it goes on looking: that nobody with less was waiting may have been true for a moment only. In seconds.
+DOUBT = 0.05
 
 
 class Place:
@@ -43,8 +46,8 @@ class Place:
     """
 
     __slots__ = (
-        "_look_at", "_others", "_poll", "_room_at", "_spare", "ended", "events", "exclusive", "fd", "line", "lock", "pause", "queued",
-        "rotates", "spare_of",
+        "_behind", "_doubt_until", "_look_at", "_others", "_poll", "_room_at", "_seen", "_spare", "ended", "events", "exclusive", "fd",
+        "line", "lock", "pause", "queued", "rotates", "spare_of",
     )  # fmt: skip
 
     def __init__(
@@ -64,12 +67,13 @@ class Place:
         self.exclusive = select.EPOLLEXCLUSIVE if exclusive and exclusive_works() else 0
         self.rotates = rotate
         self._others = [other for other in lines if other is not line]
-        self._spare, self._look_at, self._room_at = -1, 0.0, 0.0
+        self._spare, self._look_at, self._room_at, self._doubt_until = -1, 0.0, 0.0, 0.0
+        self._seen = self._behind = False
         self._poll: Any = None
         #: In the queue now. Never again once ended.
         self.queued = self.ended = False
-        #: Out of the queue: seconds until settle() should be asked again.
-        self.pause = ROOM
+        #: Seconds until settle() should be asked again, None: not before something happens.
+        self.pause: float | None = None
 
     @property
     def restless(self) -> bool:
@@ -77,29 +81,49 @@ class Place:
         return bool(self._others)
 
     def settle(self) -> bool:
-        """Joins the queue, or stays out of it for want of a descriptor or for its load; whether it is in, else `pause` says for how long.
+        """Joins the queue, or stays out of it for want of a descriptor or for its load; whether it is in. `pause` says for how long.
 
         Raises OSError when the epoll refuses the socket.
         """
+        self.pause = None
         if self.ended:
             return True
-        if self._others and self._heavy():
-            now = monotonic()
-            if self.queued or self._look_at <= now:
-                self.leave()
-                self._look_at = now + LOOK
-            self.pause = self._look_at - now
-            return False
+        if self._others:
+            if self._heavy():
+                now = monotonic()
+                if self.queued:
+                    self.leave()
+                    self._look_at, self._seen, self._behind = now + LOOK, False, False
+                self._doubt_until = now + DOUBT
+                self.pause = 0.0 if self._behind else max(0.0, self._look_at - now)
+                return False
+            if self._doubt_until:
+                self.pause = LOOK
+                if monotonic() >= self._doubt_until:
+                    self.pause, self._doubt_until = None, 0.0
         return self.queued or self._join()
 
     def overdue(self) -> bool:
-        """Whether a connection waits although this worker has stayed out for its load for as long as a look: who should have it did not.
+        """Whether this worker is out for its load and yet a connection waits, seen twice: who should have taken it did not.
 
-        A lighter worker may be frozen, or busy with what it just began: nobody waits for it longer than one look.
+        A lighter worker may be frozen, or busy with what it just began: nobody waits for it longer than two looks. As long as there
+        are more, they are overdue as well.
         """
-        if self.queued or self.ended or not self._others or monotonic() < self._look_at:
+        if self.queued or self.ended or not self._others:
             return False
-        return self.waiting() and self.room()
+        now = monotonic()
+        if not self._behind and now < self._look_at:
+            return False
+        if not self.waiting():
+            self._seen = self._behind = False
+            self._look_at, self.pause = now + LOOK, LOOK
+            return False
+        if not self._seen:
+            self._seen = True
+            self._look_at, self.pause = now + AGAIN, AGAIN
+            return False
+        self._behind = True
+        return self.room()
 
     def waiting(self) -> bool:
         """Whether a connection waits in the socket now."""

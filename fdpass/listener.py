@@ -109,13 +109,13 @@ class Listener:
         if channel is not None:
             self._events.register(channel.fileno(), select.POLLIN)
         line[LOAD] = line[WAITING] = 0
-        self._place = self._place_in(self._events, self._wake_read, self._lock)
+        self._place = self._place_in(self._events, sock.fileno(), self._wake_read, self._lock)
         _known[_identity(sock.fileno())] = self
 
-    def _place_in(self, events: Any, spare_of: int = -1, lock: Any = None) -> Place:
-        """A place for this listener in an epoll, which may be an event loop's: queued as the group's order has it."""
+    def _place_in(self, events: Any, fd: int, spare_of: int = -1, lock: Any = None) -> Place:
+        """A place for this listener in an epoll, which may be an event loop's, by a number of its socket."""
         options = {"exclusive": self._exclusive, "rotate": self._rotate, "spare_of": spare_of, "lock": lock}
-        return Place(self._sock.fileno(), events, line=self._line, lines=self._lines, **options)
+        return Place(fd, events, line=self._line, lines=self._lines, **options)
 
     @property
     def index(self) -> int:
@@ -180,8 +180,9 @@ class Listener:
                 self._left()
                 raise ClosedError("this listener accepts no more: the worker was told to drain")
             left = None if deadline is None else max(0.0, deadline - monotonic())
-            if not self._join():
-                left = self._place.pause if left is None else min(left, self._place.pause)
+            pause = ROOM if not self._join() and self._place.pause is None else self._place.pause
+            if pause is not None:
+                left = pause if left is None else min(left, pause)
             for fd, _ in self._wait(left):
                 if fd == self._sock.fileno() and (accepted := self._accept()) is not None:
                     return accepted

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _syscall
-from fdpass._queue import Place, exclusive_works, warn_once
+from fdpass._queue import ROOM, Place, exclusive_works, warn_once
 from fdpass.listener import listener_of
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class EventLoop(asyncio.SelectorEventLoop):
     """
 
     def __init__(self, *, accept_batch: int = 1) -> None:
+        # asyncio's __del__ looks at it, in whatever state an __init__() was left.
+        self._closed = True
         self._batch = check_batch(accept_batch)
         self._fair = FairSelector()
         self._followed: weakref.WeakSet[Listener] = weakref.WeakSet()
@@ -58,6 +60,7 @@ class EventLoop(asyncio.SelectorEventLoop):
             super().__init__(self._fair)
         except BaseException:
             self._fair.close()
+            self._closed = True
             raise
 
     # What asyncio's Server calls, in every version from 3.11 to 3.14, with the same two arguments first.
@@ -172,17 +175,11 @@ class FairSelector(selectors.BaseSelector):
         fd = self.number_of(fileobj)
         if fd in self._keys:
             raise KeyError(f"{fileobj!r} (FD {fd}) is already registered")
-        key = selectors.SelectorKey(fileobj, fd, events, data)
-        if events == _READ and _syscall.listens(fd):
+        listens = events == _READ and _syscall.listens(fd)
+        self._add(fd, events, listens)
+        if listens:
             self._listening.add(fd)
-            try:
-                self._enqueue(fd)
-            except BaseException:
-                self._listening.discard(fd)
-                raise
-        else:
-            self._epoll.register(fd, _mask(events))
-        self._keys[fd] = key
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
@@ -191,14 +188,8 @@ class FairSelector(selectors.BaseSelector):
             key = self._keys.pop(self.number_of(fileobj))
         except KeyError:
             raise KeyError(f"{fileobj!r} is not registered") from None
-        if key.fd in self._listening:
-            self._listening.discard(key.fd)
-            if self._dequeue(key.fd):
-                return key
-        try:
-            self._epoll.unregister(key.fd)
-        except OSError:
-            pass  # it was closed, and so it is in no epoll
+        self._listening.discard(key.fd)
+        self._remove(key.fd)
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -211,12 +202,13 @@ class FairSelector(selectors.BaseSelector):
         except KeyError:
             raise KeyError(f"{fileobj!r} is not registered") from None
         if events != key.events:
-            if fd in self._listening:
-                # EPOLL_CTL_MOD is refused for an exclusive registration.
-                self.unregister(fileobj)
-                return self.register(fileobj, events, data)
             try:
-                self._epoll.modify(fd, _mask(events))
+                if fd in self._listening:
+                    # EPOLL_CTL_MOD is refused for an exclusive registration.
+                    self._remove(fd)
+                    self._add(fd, events, events == _READ)
+                else:
+                    self._epoll.modify(fd, _mask(events))
             except BaseException:
                 self.unregister(fileobj)
                 raise
@@ -246,7 +238,7 @@ class FairSelector(selectors.BaseSelector):
     def close(self) -> None:
         """Closes the epoll; again does nothing."""
         for fd in list(self._places):
-            self._dequeue(fd)
+            self._remove(fd)
         self._epoll.close()
         self._keys.clear()
         self._listening.clear()
@@ -287,9 +279,12 @@ class FairSelector(selectors.BaseSelector):
             raise ValueError(f"Invalid file object: {fileobj!r}")
         return number
 
-    def _enqueue(self, fd: int) -> None:
+    def _add(self, fd: int, events: int, fair: bool) -> None:
+        if not fair:
+            self._epoll.register(fd, _mask(events))
+            return
         listener = listener_of(fd)
-        place = Place(fd, self._epoll, exclusive=True, rotate=True) if listener is None else listener._place_in(self._epoll)
+        place = Place(fd, self._epoll, exclusive=True, rotate=True) if listener is None else listener._place_in(self._epoll, fd)
         place.settle()
         self._places[fd] = place
         if listener is not None:
@@ -298,12 +293,15 @@ class FairSelector(selectors.BaseSelector):
         if listener is not None or not place.queued:
             self._watched[fd] = place
 
-    def _dequeue(self, fd: int) -> bool:
-        """Whether it had a place."""
+    def _remove(self, fd: int) -> None:
         place = self._places.pop(fd, None)
-        self._watched.pop(fd, None)
         if place is None:
-            return False
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                pass  # it was closed, and so it is in no epoll
+            return
+        self._watched.pop(fd, None)
         place.close()
         if place in self._woken:
             self._woken.remove(place)
@@ -312,7 +310,6 @@ class FairSelector(selectors.BaseSelector):
             listener._loops -= 1
             if self._looks.pop(fd, None) is not None:
                 listener._left()
-        return True
 
     def _ready(self, events: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
         keys, places = self._keys, self._places
@@ -365,7 +362,7 @@ class FairSelector(selectors.BaseSelector):
                 self._looks[fd] = 0 if listener._done else math.inf if listener._sole else 1
             if self._looks.get(fd, 0) > 0 and place.waiting():
                 if not place.room():
-                    return place.pause
+                    return ROOM
                 self._looks[fd] -= 1
                 due.append(fd)
                 return None
@@ -378,8 +375,7 @@ class FairSelector(selectors.BaseSelector):
         if place.settle():
             if listener is None:
                 del self._watched[fd]
-            return None
-        if place.overdue():
+        elif place.overdue():
             due.append(fd)
         return place.pause
 

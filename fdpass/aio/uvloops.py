@@ -57,8 +57,12 @@ class UvloopEventLoop(uvloop.Loop):
     """
 
     def __init__(self, *, accept_batch: int = 1) -> None:
-        self._batch = check_batch(accept_batch)
         super().__init__()
+        try:
+            self._batch = check_batch(accept_batch)
+        except BaseException:
+            super().close()
+            raise
         self._libuv: select.epoll | None = None
         self._acceptors: set[_Acceptor] = set()
         self._followed: set[Listener] = set()
@@ -337,7 +341,7 @@ class _Acceptor:
         if self._listener is None:
             self._place = Place(self._fd, epoll, exclusive=True, rotate=True, spare_of=epoll.fileno())
         else:
-            self._place = self._listener._place_in(epoll, epoll.fileno())
+            self._place = self._listener._place_in(epoll, self._fd, epoll.fileno())
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = self._draining = self._ours = False
 
@@ -406,9 +410,9 @@ class _Acceptor:
         """Joins the queue or stays out. libuv has nothing to hook in before it waits: so it is decided after each connection."""
         if self._stopped or self._draining or not self._ours:
             return
-        inside = self._place.settle()
+        self._place.settle()
         self._place.begin_wait()
-        if not inside and self._timer is None:
+        if self._place.pause is not None and self._timer is None:
             self._timer = self._loop.call_later(self._place.pause, self._look)
 
     def _look(self) -> None:
