@@ -40,7 +40,8 @@ def run(channel: Channel, cargo: Cargo) -> None:
         pidfd.close()
     reports = board is None
     page = Board.create(share["lines"] + 1) if board is None else Board(board)
-    listener = strategies.open_share(share, page.lines[share["line"]], page.lines, channel, reports)
+    share["common"] = page.lines[share["lines"]]
+    listener = strategies.open_share(share, page.lines[share["line"]], page.lines[: share["lines"]], channel, reports)
     os.register_at_fork(after_in_child=lambda: _in_forked_child(listener))
     signal.signal(signal.SIGTERM, _Terminate(listener))
     try:

@@ -94,7 +94,7 @@ def _dispatch(order: str, credits: int) -> Dispatch:
 
 
 def open_share(share: dict[str, Any], line: Any, lines: Any, channel: Channel, report: bool) -> Listener:
-    """In the worker: the listener for what share() gave. lines: all of the board. Raises OSError."""
+    """In the worker: the listener for what share() gave. lines: those of all workers. Raises OSError."""
     if share["strategy"] == "dispatch":
         return Dispatch.open(share, line=line, lines=lines, channel=channel, report=report)
     opener = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open}[share["strategy"]]

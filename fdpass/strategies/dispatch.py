@@ -87,6 +87,6 @@ class Dispatch:
 
     @staticmethod
     def open(share: dict[str, Any], line: Any, lines: Any, **inside: Any) -> Listener:
-        """A listener that asks the supervisor for connections. The line behind those of the workers is the group's."""
+        """A listener that asks the supervisor for connections. share["common"] is the group's own line of the board."""
         end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=share["end"].release())
-        return DispatchListener(end, share["index"], share["credits"], share["kind"], line, lines[share["lines"]], **inside)
+        return DispatchListener(end, share["index"], share["credits"], share["kind"], line, share["common"], **inside)
