@@ -183,11 +183,12 @@ class Listener:
             pause = ROOM if not self._join() and self._place.pause is None else self._place.pause
             if pause is not None:
                 left = pause if left is None else min(left, pause)
-            for fd, _ in self._wait(left):
-                if fd == self._sock.fileno() and (accepted := self._accept()) is not None:
-                    return accepted
-                if self._channel is not None and fd == self._channel.fileno():
-                    self._obey()
+            found = [fd for fd, _ in self._wait(left)]
+            # The order first: where connections never end it would otherwise not be read.
+            if self._channel is not None and self._channel.fileno() in found:
+                self._obey()
+            if self._sock.fileno() in found and (accepted := self._accept()) is not None:
+                return accepted
             if self._overdue() and (accepted := self._accept()) is not None:
                 return accepted
             if deadline is not None and monotonic() >= deadline and not self._drained:

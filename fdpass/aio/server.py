@@ -8,6 +8,7 @@ import os
 import socket
 import weakref
 from asyncio.trsock import TransportSocket
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fdpass import _syscall
@@ -31,7 +32,7 @@ async def create_server(
     *,
     ssl: SSLContext | None = None,
     ssl_handshake_timeout: float | None = None,
-) -> Server:
+) -> asyncio.AbstractServer:
     """As loop.create_server(), for the listener of a group's worker; it serves, and the worker is ready, when this returns.
 
     protocol_factory: called without arguments for each connection. ssl: a context for the server's side of TLS.
@@ -42,6 +43,12 @@ async def create_server(
     loop = asyncio.get_running_loop()
     if ssl is None and ssl_handshake_timeout is not None:
         raise ValueError("ssl_handshake_timeout goes with ssl")
+    if getattr(loop, "_accepts", False) and not isinstance(listener, DispatchListener):
+        # uvloop's, which waits for a listening socket in a way of its own.
+        served = await loop.create_server(protocol_factory, sock=listener.socket, ssl=ssl, ssl_handshake_timeout=ssl_handshake_timeout)
+        listener._accepting = True
+        listener._on_drain(partial(_from_anywhere, loop, served.close))
+        return served
     server = Server(protocol_factory, listener, loop, ssl, ssl_handshake_timeout)
     await server.start_serving()
     return server
@@ -60,11 +67,19 @@ async def serve(
     """
     server = await create_server(protocol_factory, listener, ssl=ssl, ssl_handshake_timeout=ssl_handshake_timeout)
     try:
-        await server._until_drained()
+        # It closes itself when the listener drains.
+        await server.wait_closed()
     except BaseException:
         server.close()
         raise
-    await server.wait_closed()
+
+
+def _from_anywhere(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    """From whatever thread or signal handler drains the listener."""
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        pass  # the loop is closed
 
 
 class Server(asyncio.AbstractServer):
@@ -86,7 +101,7 @@ class Server(asyncio.AbstractServer):
         self._open = 0  # connections that were accepted and not closed
         self._tasks: set[asyncio.Task[None]] = set()
         self._transports: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
-        self._drained, self._ended = asyncio.Event(), asyncio.Event()
+        self._ended = asyncio.Event()
 
     # -- asyncio's server ------------------------------------------------------------------------------------------------------
 
@@ -115,7 +130,7 @@ class Server(asyncio.AbstractServer):
         self._join()
         self._listener._follow(self._loop)
         self._listener.ready()
-        self._listener._on_drain(self._tell_loop)
+        self._listener._on_drain(partial(_from_anywhere, self._loop, self._drain))
 
     async def serve_forever(self) -> None:
         """Returns when the server is closed or drained and its connections have ended; cancelled, it closes the server."""
@@ -155,13 +170,6 @@ class Server(asyncio.AbstractServer):
 
     # -- draining --------------------------------------------------------------------------------------------------------------
 
-    def _tell_loop(self) -> None:
-        """From whatever thread or signal handler drains the listener."""
-        try:
-            self._loop.call_soon_threadsafe(self._drain)
-        except RuntimeError:
-            pass  # the loop is closed
-
     def _drain(self) -> None:
         if not self._closed:
             # Out of the queue first. The order may have come right after an exclusive wake-up, which nobody else gets for that connection.
@@ -170,10 +178,6 @@ class Server(asyncio.AbstractServer):
                 self._take()
             self.close()
         self._listener._left()
-        self._drained.set()
-
-    async def _until_drained(self) -> None:
-        await self._drained.wait()
 
     # -- accepting -------------------------------------------------------------------------------------------------------------
 

@@ -93,6 +93,6 @@ class Dispatch(Strategy):
 
     @staticmethod
     def open(share: dict[str, Any], line: Any, lines: Any, **inside: Any) -> Listener:
-        """A listener that asks the supervisor for connections."""
+        """A listener that asks the supervisor for connections. share["common"] is the group's own line of the board."""
         end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=share["end"].release())
         return DispatchListener(end, share["index"], share["credits"], share["kind"], line, share["common"], **inside)
