@@ -17,9 +17,7 @@ import pytest
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 if not PAGE.exists():
     pytest.skip("the documentation is not beside the tests", allow_module_level=True)
-FILES = {
-    name: source for name, source in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-}
+FILES = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
 COMMANDS = re.findall(r"^\$ (.*)$", PAGE.read_text(), re.MULTILINE)
 APPLICATION = re.search(r"^async def app\(.*?(?=^def )", FILES["uvicorn_group.py"], re.DOTALL | re.MULTILINE)
 

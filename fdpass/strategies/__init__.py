@@ -62,5 +62,10 @@ def _dispatch(order: str, credits: int) -> Dispatch:
 
 def open_share(share: dict[str, Any], line: Any, lines: list[Any], channel: Channel, report: bool) -> Listener:
     """In the worker: the listener for what share() gave. line: its own on the board, one of lines, those of all workers. Raises OSError."""
-    openers: dict[str, Callable[..., Listener]] = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open, "dispatch": Dispatch.open}
+    openers: dict[str, Callable[..., Listener]] = {
+        "shared": Shared.open,
+        "reuseport": Reuseport.open,
+        "reuseport-bare": ReuseportBare.open,
+        "dispatch": Dispatch.open,
+    }
     return openers[share["strategy"]](share, line=line, lines=lines, channel=channel, report=report)
