@@ -572,11 +572,11 @@ def test_long_lived_connections_go_to_the_least_loaded(which: str) -> None:
                 sock.close()
                 held.remove((index, sock))
         until(lambda: opens()[:2] == [0, 0])
-        for _ in range(30):
+        for _ in range(60):
             one_more()
             until(lambda: at_rest(pids))
         assert sum(opens()) == len(held)
-        # At most one connection goes wrong for each worker: what it learns, it learns when it is woken.
+        # Where the processors are busy, so that a lighter worker comes late, some go to those with more; rotate would leave them 15 apart.
         assert max(opens()) - min(opens()) <= 5
 
 
