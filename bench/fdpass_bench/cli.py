@@ -152,7 +152,7 @@ def command(ctx: click.Context) -> int:
 @click.option("--bursts", type=click.IntRange(1, 1000), default=None, help="burst: so many, one after the other.  [default: 1]")
 @click.option("--rolls", type=click.IntRange(1, 1000), default=None, help="rolling: how often all workers are replaced.  [default: 5]")
 @click.option(
-    "--credits", type=click.IntRange(1, 1024), default=None, help="dispatch: connections that a worker may get ahead.  [default: 1]"
+    "--credits", type=click.IntRange(1, 128), default=None, help="dispatch: connections that a worker may get ahead.  [default: 1]"
 )
 @click.option("--rate", type=_Number(0.1, 1_000_000), default=None, help="steady: connections per second.")
 @click.option(

@@ -23,6 +23,7 @@ _BEFORE, _FROZEN, _AFTER = 1.0, 1.0, 1.5  # seconds of the stall's load
 _DELAYED = 0.5  # seconds
 
 _ROLL_PAUSE = 0.1  # seconds of load between two rolls
+_ROLL_MOST = 30.0  # seconds that one may take, beyond which the load could end before it
 _ROLLED = 1.5  # seconds of load after the last
 _CONNECTIONS = 1_000_000  # of a closed loop at most: 80 bytes each
 _FASTEST = 20_000  # connections per second that are made room for where a service takes no time
@@ -174,7 +175,7 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
     trouble = None
     with plan.group("timed", stop_timeout=10.0) as group, loadgen.Generator() as generator:
         time.sleep(_SETTLE)
-        connections = _room(plan, plan.workers, plan.time_limit)
+        connections = _room(plan, plan.workers, plan.time_limit + _ROLL_MOST)
         with _Load(generator, _load_of(plan, group, connections, clients=plan.client_count)) as load:
             while len(took) < plan.rolls and time.monotonic() < deadline:
                 load.wait(time.monotonic() + _ROLL_PAUSE)

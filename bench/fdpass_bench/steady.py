@@ -227,7 +227,7 @@ def measure_trial(server: Server, work: Work, repeat: int, ended: Callable[[int]
         # A generator of its own for each: none inherits the trouble of another.
         with server.serve(work) as serving, loadgen.Generator() as generator:
             _load(trial, generator, serving, work, repeat, ended, believed=server.kind != "target")
-    except (OSError, RuntimeError, peers.PeerError, fdpass.FdPassError) as error:
+    except (OSError, RuntimeError, ValueError, peers.PeerError, fdpass.FdPassError) as error:
         trial.problem = str(error)
     return trial
 
