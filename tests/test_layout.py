@@ -40,10 +40,11 @@ FLOORS = [
         f"fdpass_bench.{name}"
         for name in ("answer", "contenders", "estimate", "loadgen", "measure", "peers", "peer_apps.application", "sockdiag", "theory")
     },
-    {"fdpass_bench.clients"},
-    {"fdpass_bench.balance", "fdpass_bench.price"},
-    {"fdpass_bench.steady", "fdpass_bench.serve"},
-    {"fdpass_bench.figures"},
+    {"fdpass_bench.answer_async", "fdpass_bench.clients", "fdpass_bench.price"},
+    {"fdpass_bench.strategy"},
+    {"fdpass_bench.runs", "fdpass_bench.steady", "fdpass_bench.serve"},
+    {"fdpass_bench.sharing", "fdpass_bench.longlived", "fdpass_bench.loaded", "fdpass_bench.figures", "fdpass_bench.scenario_tables"},
+    {"fdpass_bench.balance"},
     {"fdpass_bench.report"},
     {"fdpass_bench.doctor", "fdpass_bench.who"},
     {"fdpass_bench.cli"},
