@@ -15,11 +15,11 @@ FALLBACK_TESTS ?= $(wildcard tests/test_ancillary.py tests/test_fds.py tests/tes
 FALLBACK_SKIPS ?= not several_control_messages and not whatever_comes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lint sanitize fallback clean
+.PHONY: help demo test bench docs lint sanitize fallback environment clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.with-bench ## build, then show how each strategy shares a port
 	@$(VENV)/bin/fdpass-bench $(ARGS)
@@ -43,6 +43,10 @@ sanitize: ## the tests on a build with AddressSanitizer and UBSan
 
 fallback: ## the tests of the lower floors on the portable C, forced on Linux
 	@.ci/variant fallback .venv-fallback $(FALLBACK_TESTS) -k '$(FALLBACK_SKIPS)' $(ARGS)
+
+environment: ## all that test, lint and docs need, in one installation: each for itself would build anew below the others
+	@.ci/install $(VENV) --editable '.[programs,lint,docs]' build
+	@touch $(VENV)/.with-bench $(VENV)/.with-programs $(VENV)/.with-lint $(VENV)/.with-docs
 
 clean: ## remove environments and everything built
 	rm -rf $(VENV) .venv-sanitize .venv-fallback build dist docs/_build *.egg-info fdpass/*.so fdpass/_native.c bench/fdpass_bench/*.so

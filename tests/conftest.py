@@ -101,6 +101,8 @@ def balance(request: pytest.FixtureRequest, started_once: None) -> Iterator[None
     if request.node.get_closest_marker("allow_fd_growth") is None:
         lines += _difference(fds, open_descriptors())
     lines += [f"left running or not waited for: process {pid}, {what}" for pid, what in child_processes().items() if pid not in children]
+    # What is alive now belongs to no test: left among the objects to look at, it would make each collection dearer than the one before.
+    gc.freeze()
     if lines:
         pytest.fail("the test is out of balance:\n  " + "\n  ".join(lines), pytrace=False)
 

@@ -47,6 +47,7 @@ note("interpreter")
 
 
 @pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_cpythons_own_tests_pass(method, tmp_path):

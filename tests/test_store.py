@@ -571,8 +571,9 @@ def test_what_was_claimed_long_ago_is_not_known_any_more(owner):
     assert "does not know this ticket" in owner("load", raw)[1]
 
 
-def test_a_hundred_thousand_tickets_leave_descriptors_and_memory_flat(owner):
-    (descriptors, resident), (descriptors_after, resident_after), stats = owner("churn", 100_000)
+def test_forty_thousand_tickets_leave_descriptors_and_memory_flat(owner):
+    # The least that malloc gives is 32 bytes: one such piece kept for each ticket is more than the MiB below.
+    (descriptors, resident), (descriptors_after, resident_after), stats = owner("churn", 40_000)
     assert descriptors_after == descriptors
     # AddressSanitizer keeps what was freed.
     assert resident_after - resident < 1 << 20 or "asan" in os.environ.get("LD_PRELOAD", "")

@@ -391,7 +391,7 @@ def test_exit_status_is_true_beside_a_thread_that_collects_children() -> None:
     collector = threading.Thread(target=collect)
     collector.start()
     try:
-        for _ in range(5):
+        for _ in range(2):
             with group(targets.exit_with, 8, args=(0,)) as running:
                 running.wait()
                 assert [one.exitcode for one in running.stats()] == [0] * 8
