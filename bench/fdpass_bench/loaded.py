@@ -172,14 +172,14 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
     took: list[float] = []
     began = time.monotonic()
     deadline = began + plan.time_limit
-    trouble = None
+    trouble, used_up = None, False
     with plan.group("timed", stop_timeout=10.0) as group, loadgen.Generator() as generator:
         time.sleep(_SETTLE)
         connections = _room(plan, plan.workers, plan.time_limit + _ROLL_MOST)
         with _Load(generator, _load_of(plan, group, connections, clients=plan.client_count)) as load:
             while len(took) < plan.rolls and time.monotonic() < deadline:
                 load.wait(time.monotonic() + _ROLL_PAUSE)
-                if load.over:
+                if used_up := load.over:
                     break
                 try:
                     took.append(_roll(group))
@@ -203,7 +203,7 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
     if trouble is not None:
         raise Unmeasurable(trouble)
     if len(took) < plan.rolls:
-        what = f"the time limit of {plan.time_limit:g} s was hit" if not load.over else f"{connections} connections were over"
+        what = f"the time limit of {plan.time_limit:g} s was hit" if not used_up else f"{connections} connections were over"
         raise Unmeasurable(f"{what} after {len(took)} of {plan.rolls} rolls")
     if not run.outcomes["ok"]:
         raise Unmeasurable("no request was answered")
