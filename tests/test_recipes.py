@@ -62,7 +62,9 @@ def certify(folder):
     """A key and a self-signed certificate for 127.0.0.1."""
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=here", "-keyout", "key.pem"]
     try:
-        subprocess.run([*command, "-out", "cert.pem", "-addext", "subjectAltName=IP:127.0.0.1"], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [*command, "-out", "cert.pem", "-addext", "subjectAltName=IP:127.0.0.1"], cwd=folder, check=True, capture_output=True
+        )
     except FileNotFoundError:
         pytest.skip("no openssl to make a certificate with")
 
