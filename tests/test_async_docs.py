@@ -19,7 +19,9 @@ if not PAGE.exists():
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("source", [block for block in BLOCKS if "asyncio.run(" in block])
+@pytest.mark.parametrize(
+    "source", [block for block in BLOCKS if re.search(r"^ *(asyncio|runner)\.run\(", block, re.MULTILINE) and "__main__" not in block]
+)
 def test_the_programs_run(run_python, source, tmp_path):
     assert run_python(source.replace("/tmp/", f"{tmp_path}/")).stdout
 

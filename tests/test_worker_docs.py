@@ -1,4 +1,4 @@
-"""The programs on the pages about workers run as they are printed, each until Ctrl-C or its own end."""
+"""The programs on the pages about workers and servers run as they are printed, each until Ctrl-C or its own end."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def programs(page: str) -> list[str]:
 
 GREETS, COUNTS, FAILS = programs("workers.md")
 FIRST, ASYNCIO = programs("quickstart.md")
+[ECHOES] = programs("asyncio.md")
 
 
 @contextlib.contextmanager
@@ -63,6 +64,14 @@ def test_a_group_serves(source: str, words: bytes, tmp_path: Path) -> None:
     with running(source, tmp_path) as (_, address):
         for _ in range(8):
             assert re.fullmatch(words, said(address))
+
+
+def test_a_server_under_dispatch(tmp_path: Path) -> None:
+    with running(ECHOES, tmp_path) as (_, address):
+        for word in (b"one", b"two"):
+            with socket.create_connection(address, timeout=30) as sock:
+                sock.sendall(word)
+                assert sock.recv(100) == word
 
 
 def test_the_page_for_prometheus(tmp_path: Path) -> None:
