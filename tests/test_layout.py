@@ -172,6 +172,22 @@ def test_a_module_opens_with_its_law(name):
     assert len([line for line in text.splitlines() if line]) <= 3
 
 
+def test_the_page_shows_the_same_floors():
+    page = PACKAGE.parent / "docs" / "internals.md"
+    if not page.exists():
+        pytest.skip("the documentation is not beside the tests")
+    text = page.read_text().partition("\nfdpass/\n")[2].partition("\n_native/")[0]
+    shown, floor = {"fdpass": FLOOR["fdpass"]}, -1
+    for line in text.splitlines():
+        if line[0] != " ":
+            floor = int(line.split()[0])
+        for name in re.findall(r"(?:\w+/)?\w+\.py|\w+/(?= )", line):
+            shown["fdpass." + name.removesuffix(".py").rstrip("/").replace("/", ".")] = floor
+        if "fdpass._native" in line:
+            shown["fdpass._native"] = floor
+    assert shown == {name: number for name, number in FLOOR.items() if name.partition(".")[0] == "fdpass"}
+
+
 # -------------------------------------------------------------------------------------------------------------- importing
 
 WATCH = """
