@@ -73,7 +73,7 @@ class AcceptedSocket(Socket):
 class Listener:
     """A worker's share of a port. Iterating gives (socket, address) until the worker is told to drain.
 
-    Threads may accept together. Under any strategy `socket` is the listening socket itself, for servers that bring their own loop.
+    Threads may accept together. Under every strategy but dispatch `socket` is the listening socket itself, for servers that bring their own loop.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Listener:
 
     @property
     def strategy(self) -> str:
-        """How this group shares its port: shared, reuseport or reuseport-bare."""
+        """How this group shares its port: shared, reuseport, reuseport-bare or dispatch."""
         return self._strategy
 
     @property
