@@ -29,7 +29,8 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1)), (0, (1, 1.8)), (0, (8, 1, 1, 1)))
-_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "++", "--")
+# No dots or rings: each is a curve, and a page of them has megabytes.
+_HATCHES = ("", "////", "\\\\\\\\", "xxxx", "----", "++++", "||||", "//")
 #: Stand-ins: what matplotlib is given, and what the page puts there.
 _INK, _FAINT, _GRID, _PAPER = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {_INK: "--ink", _FAINT: "--faint", _GRID: "--grid", _PAPER: "--paper"} | {
