@@ -32,8 +32,13 @@ _FLAGS = [
     "--remote-debugging-pipe",
 ]
 # Chromium reads its orders from descriptor 3 and answers on 4.
-_LAUNCH = "import os, sys; r, w = int(sys.argv[1]), int(sys.argv[2]); r, w = os.dup(r), os.dup(w); "
-_LAUNCH += "r, w = [fd if fd > 4 else os.dup(os.dup(os.dup(fd))) for fd in (r, w)]; os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
+_LAUNCH = """
+import fcntl, os, sys
+r, w = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3])
+os.dup2(r, 3)
+os.dup2(w, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:

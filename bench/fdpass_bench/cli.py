@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -77,6 +76,7 @@ class _Number(click.FloatRange):
 _json = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the figures to it; - is standard output."
 )
+_html = click.option("--html", "html_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write one self-contained page to it.")
 _workers = click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="How many worker processes.")
 
 
@@ -124,6 +124,7 @@ def command(ctx: click.Context) -> int:
     help="How many in each run.  [default: 60 idle, 400 burst, 200 kill, 4000 steady or those of 6 s]",
 )
 @_json
+@_html
 @click.option(
     "--service-ms",
     type=_Number(0, 10000),
@@ -164,6 +165,7 @@ def balance(
     scenario: str | None,
     connections: int | None,
     json_file: str | None,
+    html_file: str | None,
     service_ms: float | None,
     time_limit: float | None,
     targets: list[Target],
@@ -211,8 +213,8 @@ def balance(
             strategies = [] if targets and not peers else strategies[:2]
         work = _work(workers, connections, service, time_limit, bool(targets), **steady)
         servers = _servers(work, strategies, peers, targets)
-    _refuse_unwritable(json_file)
-    return _measure(plans, json_file, work, servers)
+    _refuse_unwritable(json_file, html_file)
+    return _measure(plans, json_file, work, servers, html_file)
 
 
 def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Parameter, Sequence[str]], list[str]]:
@@ -254,6 +256,7 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     help="outstanding: made and claimed, to see what grows.  [default: 100000]",
 )
 @_json
+@_html
 @click.pass_context
 def pass_(
     ctx: click.Context,
@@ -265,6 +268,7 @@ def pass_(
     repeats: int,
     tickets: int | None,
     json_file: str | None,
+    html_file: str | None,
 ) -> int:
     """Measures what passing a descriptor costs, with fdpass, the standard library and C in turns.
 
@@ -291,8 +295,39 @@ def pass_(
     from fdpass_bench.price import Plan as PricePlan
 
     senders = ["idle", "busy"] if sender in (None, "both") else [str(sender)]
-    _refuse_unwritable(json_file)
-    return _price(PricePlan(what or list(_PRICES), methods, senders, count, repeats, 100_000 if tickets is None else tickets), json_file)
+    _refuse_unwritable(json_file, html_file)
+    plan = PricePlan(what or list(_PRICES), methods, senders, count, repeats, 100_000 if tickets is None else tickets)
+    return _price(plan, json_file, html_file)
+
+
+@command.command(short_help="Show and compare files that --json wrote.")
+@click.argument("files", metavar="A.json [B.json ...]", nargs=-1, required=True, type=click.Path())
+@_html
+@click.option("--csv", "csv_file", type=click.Path(dir_okay=False, allow_dash=True), help="One line for each run; - is standard output.")
+@click.option(
+    "--markdown", "markdown_file", type=click.Path(dir_okay=False, allow_dash=True), help="For an issue; - is standard output."
+)
+def report(files: Sequence[str], html_file: str | None, csv_file: str | None, markdown_file: str | None) -> int:
+    """Shows what a JSON file of balance or pass says; with several files, what changed since the first, and whether it got worse.
+
+    \b
+    worse, better  surer than 95 % for all that is judged together
+    not judged     figures without an interval
+
+    The exit status is 1 when a run is INVALID or something got worse, 2 when a file is not what it should be.
+
+    \b
+    Examples:
+      fdpass-bench report steady.json --html steady.html
+      fdpass-bench report before.json after.json
+      fdpass-bench report before.json after.json --markdown - | gh issue comment 7 -F -
+    """
+    from fdpass_bench import publish
+
+    try:
+        return publish.report(files, html_file, csv_file, markdown_file)
+    except publish.PublishError as error:
+        raise click.UsageError(str(error)) from error
 
 
 @command.command(short_help="Answer HTTP requests with the worker's index.")
@@ -439,7 +474,13 @@ def _work(
     )
 
 
-def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = None, servers: Sequence[Server] = ()) -> int:
+def _measure(
+    plans: Sequence[Plan],
+    json_file: str | None,
+    work: Work | None = None,
+    servers: Sequence[Server] = (),
+    html_file: str | None = None,
+) -> int:
     from fdpass_bench import figures, report, steady
     from fdpass_bench.balance import measure_run
 
@@ -469,8 +510,8 @@ def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = N
             interrupted = signals.seen[0] if signals.seen else signal.SIGINT
         # Interrupted before its turn, steady has nothing to show.
         study = figures.study(work, servers, trials, calibration) if work is not None and (trials or not runs) else None
-        report.show(runs, study, sys.stderr if json_file == "-" else sys.stdout)
-        _write(json_file, report.as_json(runs, study, began, bool(interrupted)))
+        report.show(runs, study, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
+        _write(json_file, html_file, report.as_json(runs, study, began, bool(interrupted)))
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
             print(f"fdpass-bench: interrupted; {len(runs) + len(trials)} of {len(counts)} runs were measured.", file=sys.stderr)
@@ -478,7 +519,7 @@ def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = N
     return 0 if all(run.valid for run in runs) and (study is None or study.valid) else 1
 
 
-def _price(plan: PricePlan, json_file: str | None) -> int:
+def _price(plan: PricePlan, json_file: str | None, html_file: str | None) -> int:
     from fdpass_bench import price, report
 
     began = time.time()
@@ -492,8 +533,8 @@ def _price(plan: PricePlan, json_file: str | None) -> int:
             signals.noted_only = True
         except KeyboardInterrupt:
             interrupted = signals.seen[0] if signals.seen else signal.SIGINT
-        report.show_prices(found, sys.stderr if json_file == "-" else sys.stdout)
-        _write(json_file, report.prices_as_json(found, began, bool(interrupted)))
+        report.show_prices(found, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
+        _write(json_file, html_file, report.prices_as_json(found, began, bool(interrupted)))
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
             print(f"fdpass-bench: interrupted; {found.over} of {len(counts)} comparisons were measured.", file=sys.stderr)
@@ -501,28 +542,24 @@ def _price(plan: PricePlan, json_file: str | None) -> int:
     return 0 if found.complete else 1
 
 
-def _refuse_unwritable(json_file: str | None) -> None:
+def _refuse_unwritable(json_file: str | None, html_file: str | None = None) -> None:
     """An answer that cannot be written is found out before the minute of measuring."""
-    if json_file not in (None, "-"):
-        try:
-            with open(str(json_file), "a"):
-                pass
-        except OSError as error:
-            raise click.UsageError(f"cannot write {json_file}: {error.strerror}") from error
+    from fdpass_bench import publish
 
-
-def _write(json_file: str | None, found: dict[str, Any]) -> None:
-    if json_file is None:
-        return
-    text = json.dumps(found, indent=2) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-        return
     try:
-        with open(json_file, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from error
+        publish.refuse_unwritable(json_file, html_file)
+    except publish.PublishError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _write(json_file: str | None, html_file: str | None, found: dict[str, Any]) -> None:
+    from fdpass_bench import publish
+
+    try:
+        publish.write_json(json_file, found)
+        publish.write_page(html_file, found, json_file)
+    except publish.PublishError as error:
+        raise click.ClickException(str(error)) from error
 
 
 class _Signals:

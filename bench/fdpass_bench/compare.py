@@ -78,9 +78,11 @@ class Comparison:
 
     def table(self) -> Table:
         columns = ["run", "measure", self.before.name, self.after.name, "ratio", "95 % interval", "verdict"]
+        # Below itself a name says nothing new.
+        names = ["", *(change.run for change in self.changes)]
         rows = [
             [
-                change.run,
+                "" if change.run == above else change.run,
                 change.measure,
                 change.before,
                 change.after,
@@ -88,7 +90,7 @@ class Comparison:
                 "-" if change.low is None or change.high is None else f"{change.low:.2f} to {change.high:.2f}",
                 change.verdict,
             ]
-            for change in self.changes
+            for change, above in zip(self.changes, names, strict=False)
         ]
         return Table(f"{self.after.name} against {self.before.name}", columns, rows, frozenset((1, 6)))
 
@@ -116,12 +118,16 @@ def compare(before: Record, after: Record) -> Comparison:
     only = []
     for record, mine, others in ((before, first, second), (after, second, first)):
         if left := [_title(run) for key, run in mine.items() if key not in others]:
-            only.append(f"not compared, as {after.name if record is before else before.name} has no such run: {'; '.join(left)}")
+            only.append(f"not compared, as {after.name if record is before else before.name} has no such run: {_shortened(left)}")
     return Comparison(before, after, [raw.judged(judged) for raw in found], only, invalid, _differences(before, after))
 
 
 def _listed(changes: Sequence[Change]) -> str:
     return "; ".join(change.sentence for change in changes)
+
+
+def _shortened(titles: Sequence[str]) -> str:
+    return "; ".join(titles) if len(titles) <= 3 else f"{titles[0]}; {titles[1]} and {len(titles) - 2} more"
 
 
 def _title(one: Mapping[str, Any]) -> str:
@@ -162,7 +168,7 @@ def _differences(before: Record, after: Record) -> list[str]:
         for name, value in (one.get("sysctls") or {}).items()
         if value != (other.get("sysctls") or {}).get(name)
     ]
-    alone = [((record.data.get("calibration") or {}).get("latency_ms") or {}).get("mean") for record in (before, after)]
+    alone: list[Any] = [((record.data.get("calibration") or {}).get("latency_ms") or {}).get("mean") for record in (before, after)]
     if all(isinstance(mean, int | float) and mean > 0 for mean in alone) and not 0.8 < alone[1] / alone[0] < 1.25:
         found.append(f"a server that answers at once took {figure(alone[0])} and {figure(alone[1])} ms: the machine was not equally quiet")
     return found
@@ -188,7 +194,7 @@ class _Raw:
 
     def judged(self, together: int) -> Change:
         level = 1 - (1 - CONFIDENCE) / max(1, together)  # Bonferroni
-        before, after = (figure(one) if self.of is None else f"{one:.0f}" for one in (self.before or 0.0, self.after or 0.0))
+        before, after = (figure(one) if self.of is None else f"{one or 0:.0f}" for one in (self.before, self.after))
         if self.of is not None:
             before, after = f"{before} of {self.of[0]}", f"{after} of {self.of[1]}"
         ratio = self.after / self.before if self.before and self.after else None
@@ -223,7 +229,7 @@ def _of_runs(title: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> li
         ]
     for key, measure in (("lost_unaccepted", "lost that no worker had accepted"), ("lost_accepted", "lost that a worker had accepted")):
         counts, totals = [run.get(key) or 0 for run in (one, other)], [sum((run.get("outcomes") or {}).values()) for run in (one, other)]
-        if any(counts) and all(totals):
+        if any(counts) and all(0 <= count <= total for count, total in zip(counts, totals, strict=True)):
             chance = _fisher(counts[0], totals[0], counts[1], totals[1])
             found.append(_Raw(title, measure, counts[0], counts[1], chance=chance, of=(totals[0], totals[1])))
     for key, measure in (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -70,7 +69,8 @@ def as_markdown(records: Sequence[Record], comparisons: Sequence[Comparison]) ->
             parts += [_markdown(table) for table in tables_of(record)]
         lines = "\n".join(f"- {name}: {_escaped(text)}" for name, text in environment(record))
         fence = "`" * max(3, 1 + _longest_ticks(command_of(record)))
-        parts.append(f"<details><summary>environment and command</summary>\n\n{lines}\n\n{fence}\n{command_of(record)}\n{fence}\n\n</details>")
+        command = f"{fence}\n{command_of(record)}\n{fence}"
+        parts.append(f"<details><summary>environment and command</summary>\n\n{lines}\n\n{command}\n\n</details>")
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,11 +104,7 @@ def show(records: Sequence[Record], comparisons: Sequence[Comparison], out: Cons
         out.print(comparison.sentence)
         for text in _notes(comparison):
             out.print(f"{text[0].upper()}{text[1:]}.")
-        table = comparison.table()
-        # Below itself a name says nothing new.
-        names = [""] + [row[0] for row in table.rows]
-        rows = [["" if row[0] == above else row[0], *row[1:]] for row, above in zip(table.rows, names, strict=False)]
-        out.print(_rich(replace(table, rows=rows)), "")
+        out.print(_rich(comparison.table()), "")
     if comparisons:
         return
     for record in records:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import groupby
+from itertools import count, groupby
 
 import jinja2
 from markupsafe import Markup
@@ -20,8 +20,8 @@ from fdpass_bench.tables import WHAT, Table, command_of, environment, headline, 
 
 _METHOD = {
     "balance": (
-        "Latency counts from the schedule: connections arrive when it says so, whatever the server does. Intervals are 95 %, by batch means. "
-        "A run that could not be measured properly is INVALID: it is shown, struck out, and never compared. "
+        "Latency counts from the schedule: connections arrive when it says so, whatever the server does. Intervals are 95 %, by batch "
+        "means. A run that could not be measured properly is INVALID: it is shown, struck out, and never compared. "
         "Made by fdpass-bench; its docs/method.md says what is measured, and what is not."
     ),
     "pass": (
@@ -59,8 +59,11 @@ def render(records: Sequence[Record], comparisons: Sequence[Comparison] = ()) ->
     verdict = [comparison.sentence for comparison in comparisons] or [text for record in records for text in headline(record)]
     kind = records[0].kind
     heading = _heading(records, comparisons)
+    number = count()
     for part in parts:
-        part.plots = [plots.Plot((Markup(one.svgs[0]), Markup(one.svgs[1])), one.title, one.caption, one.alt) for one in part.plots]
+        for place, one in enumerate(part.plots):
+            wide, narrow = (Markup(svg.replace(plots.OWN, f"p{next(number)}-")) for svg in one.svgs)
+            part.plots[place] = plots.Plot((wide, narrow), one.title, one.caption, one.alt)
     return template.from_string((folder / "page.html.jinja").read_text("utf-8")).render(
         title=f"fdpass-bench {kind}: {heading}",
         kicker=f"fdpass-bench {kind}",
@@ -92,8 +95,8 @@ def _and(words: Sequence[str]) -> str:
 
 def _compared(comparison: Comparison) -> _Part:
     text = (
-        "A difference is called worse or better when it is surer than 95 % for all judged runs of this page together; where a file carries no "
-        "interval, figures are shown and not judged."
+        "A difference is called worse or better when it is surer than 95 % for all judged runs together; where a file carries no interval, "
+        "figures are shown and not judged."
     )
     picture = plots.changes(comparison)
     return _Part(f"{comparison.after.name} against {comparison.before.name}", text, [picture] if picture else [], [comparison.table()])
@@ -109,7 +112,8 @@ def _parts(record: Record, named: str) -> list[_Part]:
             picture = plots.prices(what, list(rows))
             found.append(_Part(f"{named}{title[0].upper()}{title[1:]}", plots=[picture] if picture else [], tables=[table]))
         if findings := record.data.get("findings"):
-            found.append(_Part(f"{named}Found besides", " ".join(f"{str(one['sentence'])[:1].upper()}{str(one['sentence'])[1:]}." for one in findings)))
+            sentences = [str(one["sentence"]) for one in findings if one.get("sentence")]
+            found.append(_Part(f"{named}Found besides", " ".join(f"{text[:1].upper()}{text[1:]}." for text in sentences)))
         return found
     found = []
     colours = {name: number for number, name in enumerate(dict.fromkeys(str(run["strategy"]) for run in record.runs))}

@@ -4,7 +4,6 @@ Each has a title, units on its axes and a legend, and is drawn twice: for a wide
 from __future__ import annotations
 
 import io
-import itertools
 import logging
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from fdpass_bench.compare import Comparison
 from fdpass_bench.records import condition_of
@@ -28,16 +27,28 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)
 #: them as --c0, --c1 ... and lighter ones in the dark. Each comes with a marker and a dash of its own, so that nothing hangs on colour.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1)), (0, (1, 1.8)), (0, (8, 1, 1, 1)))
+_DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1.5, 1)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (8, 2)),
+    (0, (3, 1)),
+    (0, (1, 1.8)),
+    (0, (8, 1, 1, 1)),
+)
 # No dots or rings: each is a curve, and a page of them has megabytes.
 _HATCHES = ("", "////", "\\\\\\\\", "xxxx", "----", "++++", "||||", "//")
+#: Begins each id: a page replaces it by what no other picture has.
+OWN = "PICTURE-"
 #: Stand-ins: what matplotlib is given, and what the page puts there.
 _INK, _FAINT, _GRID, _PAPER = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {_INK: "--ink", _FAINT: "--faint", _GRID: "--grid", _PAPER: "--paper"} | {
     colour: f"--c{number}" for number, colour in enumerate(COLOURS)
 }
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
+    "svg.hashsalt": "fdpass",  # the same figures are the same picture
     "svg.fonttype": "none",  # text stays text: small, sharp, to be searched and read aloud
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -46,9 +57,6 @@ _STYLE: dict[str, Any] = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _FAINT,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -66,9 +74,9 @@ _STYLE: dict[str, Any] = {
     "hatch.color": _PAPER,
 }
 _WIDE, _NARROW = 7.6, 3.9  # inches; a point is a pixel of the page
-_LEAST_INSIDE_LOG = 1e-4
+_FIRST = 20.0  # percentile: below, a log axis would show little else
 _MANY_WORKERS = 8  # more lines than that say nothing
-_PERCENTILES = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99)
+_PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 _Run = Mapping[str, Any]
 
 
@@ -82,30 +90,31 @@ class Plot:
     alt: str
 
 
-_numbers = itertools.count()
-
-
 def _plot(title: str, caption: str, alt: str, height: float, draw: Callable[[Figure, bool], None], narrow_height: float = 0.0) -> Plot:
     """draw(figure, narrow)."""
     svgs = []
     for narrow in (False, True):
         with matplotlib.rc_context(_STYLE):
-            drawn = Figure(figsize=(_NARROW if narrow else _WIDE, (narrow_height or height * 0.95) if narrow else height), layout="constrained")
+            drawn = Figure(
+                figsize=(_NARROW if narrow else _WIDE, (narrow_height or height * 0.95) if narrow else height), layout="constrained"
+            )
             draw(drawn, narrow)
+            text = _wrapped(title, 46 if narrow else 90)
+            drawn.suptitle(text, x=0.01, ha="left", fontsize=11 if narrow else 12, fontweight="bold")
             written = io.StringIO()
             drawn.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-        svgs.append(_for_the_page(written.getvalue(), f"p{next(_numbers)}", title, alt))
+        svgs.append(_for_the_page(written.getvalue(), title, alt))
     return Plot((svgs[0], svgs[1]), title, caption, alt)
 
 
-def _for_the_page(svg: str, prefix: str, title: str, alt: str) -> str:
+def _for_the_page(svg: str, title: str, alt: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     # Two pictures of one page must not have the same ids: a clip of one that is not shown would cut the other.
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    svg = re.sub(r'\bid="', f'id="{OWN}', svg)
+    svg = re.sub(r'href="#', f'href="#{OWN}', svg)
+    svg = re.sub(r"url\(#", f"url(#{OWN}", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r"(font(?:-family)?: [^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1var(--font)", svg)
@@ -126,10 +135,6 @@ def _legend(drawn: Figure, axes: Axes, narrow: bool, columns: int = 3) -> None:
     drawn.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)), handlelength=3.0, columnspacing=1.5)
 
 
-def _titled(axes: Axes, title: str, narrow: bool) -> None:
-    axes.set_title(_wrapped(title, 40) if narrow else title, pad=10, fontsize=11 if narrow else 12)
-
-
 def _wrapped(text: str, width: int) -> str:
     lines: list[str] = [""]
     for word in text.split(" "):
@@ -145,7 +150,8 @@ def _log(axes: Axes, which: str) -> None:
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     decades = math.log10(max(high, 1e-12) / max(low, 1e-12))
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 2.6 else (1,), numticks=12))
+    few = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    axis.set_major_locator(few if decades < 0.9 else LogLocator(10, subs=(1, 2, 5) if decades < 2.6 else (1,), numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -179,7 +185,7 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
         furthest = 1.0
         for run in drawn:
             curve, number = run["latency_curve"], colours[str(run["strategy"])] % len(COLOURS)
-            points = [(place(p), ms) for p, ms in zip(curve["percentile"], curve["ms"], strict=False) if ms and ms > _LEAST_INSIDE_LOG]
+            points = [(place(p), ms) for p, ms in zip(curve["percentile"], curve["ms"], strict=False) if p >= _FIRST and ms > 0]
             if not points:
                 continue
             furthest = max(furthest, points[-1][0])
@@ -197,8 +203,7 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
             theory = (run.get("theory") or {}).get("latency_curve")
             if theory:
                 axes.plot(
-                    list(map(place, theory["percentile"])),
-                    theory["ms"],
+                    *_from_first(theory, "ms", place),
                     color=COLOURS[number],
                     linestyle=(0, (4, 2)),
                     linewidth=1.3,
@@ -207,8 +212,7 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
                 )
         if bound and not all((run.get("theory") or {}).get("discipline") == "one queue" for run in drawn if run.get("theory")):
             axes.plot(
-                list(map(place, bound["percentile"])),
-                bound["one_queue_ms"],
+                *_from_first(bound, "one_queue_ms", place),
                 color=_FAINT,
                 linestyle=(0, (1, 1.5)),
                 linewidth=1.5,
@@ -217,24 +221,26 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
         shown = [p for p in _PERCENTILES if place(p) <= furthest + 0.01]
         axes.xaxis.set_major_locator(FixedLocator([place(p) for p in shown]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * (1 - 10**-value):.6g}"))
-        axes.set_xlim(0, furthest)
+        axes.set_xlim(place(_FIRST), furthest)
         axes.set_xlabel("percentile of requests (%)")
         axes.set_ylabel("latency (ms, log axis)")
         _log(axes, "y")
-        _titled(axes, f"Latency: {condition_of(drawn[0])}", narrow)
         _legend(picture, axes, narrow, 2)
 
-    said = "; ".join(
-        f"{_name(run)}: median {figure((run.get('latency_ms') or {}).get('p50'))} ms, p99 {figure((run.get('latency_ms') or {}).get('p99'))} ms"
-        for run in drawn
-    )
+    known = [(_name(run), run.get("latency_ms") or {}) for run in drawn]
+    said = "; ".join(f"{name}: median {figure(latency.get('p50'))} ms, p99 {figure(latency.get('p99'))} ms" for name, latency in known)
     caption = (
-        "Lower is better. Each point: so many per cent of the requests took no longer. The axis stretches the slowest: every step from 90 to 99 "
-        "to 99.9 is as wide. Dashed: how long they would take by queueing theory, with the times these workers were occupied."
+        "Lower is better. So many per cent of the requests took no longer. The axis stretches the slowest: every step from 90 to "
+        "99 to 99.9 is as wide. Dashed: how long they would take by queueing theory, with the times these workers were occupied."
         if bound
         else "Lower is better. Each point: so many per cent of the requests took no longer. The axis stretches the slowest."
     )
     return _plot(f"Latency: {condition_of(drawn[0])}", caption, said, 4.6, draw, 5.0)
+
+
+def _from_first(curve: Mapping[str, Any], values: str, place: Callable[[float], float]) -> tuple[list[float], list[float]]:
+    points = [(place(p), ms) for p, ms in zip(curve["percentile"], curve.get(values) or [], strict=False) if p >= _FIRST]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
@@ -266,7 +272,15 @@ def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
             spread += [[max(0.0, end[1] - mean) for mean, end in zip(means, ends, strict=True)]]
             label = key[0] + (f", {key[1]}" + (f", {key[2]} workers" if axis == "load" else "") if several else "")
             axes.errorbar(
-                at, means, yerr=spread, color=COLOURS[number], marker=_MARKERS[number], linestyle=_DASHES[number], capsize=3, label=label, zorder=3
+                at,
+                means,
+                yerr=spread,
+                color=COLOURS[number],
+                marker=_MARKERS[number],
+                linestyle=_DASHES[number],
+                capsize=3,
+                label=label,
+                zorder=3,
             )
             predicted = [
                 (place, theory["latency_ms"]["mean"])
@@ -274,7 +288,9 @@ def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
                 if (theory := run.get("theory")) and (theory.get("latency_ms") or {}).get("mean")
             ]
             if predicted:
-                axes.plot(*zip(*predicted, strict=True), color=COLOURS[number], linestyle=(0, (4, 2)), linewidth=1.2, label=f"theory for {key[0]}")
+                axes.plot(
+                    *zip(*predicted, strict=True), color=COLOURS[number], linestyle=(0, (4, 2)), linewidth=1.2, label=f"theory for {key[0]}"
+                )
             bounds = [
                 (place, theory["one_queue_ms"]["mean"])
                 for run, place in zip(line, at, strict=True)
@@ -286,7 +302,6 @@ def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
         axes.set_xlabel("load (share of what the workers can do)" if axis == "load" else "workers (number of processes)")
         axes.set_ylabel("mean latency (ms, log axis)")
         _log(axes, "y")
-        _titled(axes, f"Mean latency by {axis}", narrow)
         _legend(picture, axes, narrow, 2)
 
     caption = "Lower is better. Bars: the 95 % interval of the mean. Dashed: queueing theory, with the times these workers were occupied."
@@ -324,17 +339,19 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
                 label="even share" if run is drawn[-1] else None,
                 zorder=3,
             )
-            middles.append(((places[0] + places[-1]) / 2, run.get("max_over_mean" if what == "connections" else "requests_max_over_mean")))
+            ratio = run.get("max_over_mean" if what == "connections" else "requests_max_over_mean")
+            below = "" if ratio is None else f"max/mean {ratio:.2f}"
+            middles.append(
+                ((places[0] + places[-1]) / 2, f"{_wrapped(_name(run), 12)}\n{_wrapped(below, 9) if narrow else below}".rstrip())
+            )
             at = places[-1] + 2.2
         axes.xaxis.set_major_locator(FixedLocator([place for place, _ in middles]))
-        labels = iter([f"max/mean\n{ratio:.2f}" if ratio is not None else "" for _, ratio in middles])
-        axes.set_xticklabels(list(labels))
+        axes.set_xticklabels([label for _, label in middles], fontsize=8.5 if narrow else 9.5)
         axes.grid(False, axis="x")
         axes.tick_params(axis="x", length=0)
         axes.set_xlabel("worker (one bar each, by server)")
         axes.set_ylabel(f"{what} (number)")
         axes.set_ylim(bottom=0)
-        _titled(axes, title, narrow)
         _legend(picture, axes, narrow, 4)
 
     said = "; ".join(f"{_name(run)}: {min(run[key])} to {max(run[key])}" for run in drawn)
@@ -342,12 +359,19 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
     return _plot(title, caption, said, 3.3, draw, 3.8)
 
 
-_MARKS = {"kill": ("X", "killed"), "stall": ("s", "stalled"), "restart": ("P", "started again"), "roll": (">", "rolled"), "resume": ("o", "goes on")}
+_MARKS = {
+    "kill": ("X", "killed"),
+    "stall": ("s", "stalled"),
+    "restart": ("P", "started again"),
+    "roll": (">", "rolled"),
+    "resume": ("o", "goes on"),
+}
 
 
 def over_time(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
     """What each worker took in each bin of time, of the first repeat that has a series; kills and stalls marked."""
-    drawn = [(run, run["series"][0]) for run in runs if run.get("series") and any(map(sum, run["series"][0].get("per_worker") or []))]
+    drawn = [(run, _without_the_end(run["series"][0])) for run in runs if run.get("series")]
+    drawn = [(run, series) for run, series in drawn if any(map(sum, series["per_worker"]))]
     if not drawn:
         return None
     kept = any((run.get("requests_per_connection") or 1) > 1 for run, _ in drawn)
@@ -386,14 +410,13 @@ def over_time(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
             axes.annotate(_name(run), (0, 1), xytext=(2, 3), xycoords="axes fraction", textcoords="offset points", fontsize=10, va="bottom")
         panels[-1].set_xlabel("time since the first was due (s)")
         panels[-1].set_xlim(left=0)
-        panels[0].set_title(_wrapped(title, 40) if narrow else title, pad=20, fontsize=11 if narrow else 12)
         if len(drawn) > 1:
             picture.supylabel(f"{what} of each worker (per second)", fontsize=10)
             for axes in panels:
                 axes.set_ylabel("")
         labels = list(used)
-        columns = 2 if narrow else 4
-        picture.legend([used[label] for label in labels], labels, loc="outside lower left", ncols=min(columns, len(labels)), handlelength=3.0)
+        most = min(2 if narrow else 4, len(labels))
+        picture.legend([used[label] for label in labels], labels, loc="outside lower left", ncols=most, handlelength=3.0)
 
     events = sum(len(run.get("events") or []) for run, _ in drawn)
     repeats = max(len(run["series"]) for run, _ in drawn)
@@ -401,6 +424,17 @@ def over_time(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
     caption += " Marks on the time axis: what was done to a worker." if events else ""
     said = f"{len(drawn)} servers, {events} events" if events else f"{len(drawn)} servers"
     return _plot(title, caption, said, 1.2 + 1.55 * len(drawn), draw, 1.6 + 1.55 * len(drawn))
+
+
+def _without_the_end(series: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the last bins, of which the schedule filled only a part or nothing."""
+    counts = series.get("per_worker") or []
+    totals = [sum(column) for column in zip(*counts, strict=False)]
+    usual = sorted(totals)[len(totals) // 2] if totals else 0
+    bins = len(totals)
+    while bins > 2 and totals[bins - 1] < 0.75 * usual and bins > len(totals) - 3:
+        bins -= 1
+    return {**series, "per_worker": [line[:bins] for line in counts]}
 
 
 def _mark_events(axes: Axes, run: _Run, series: Mapping[str, Any], used: dict[str, Any]) -> None:
@@ -452,7 +486,6 @@ def outcomes(runs: Sequence[_Run]) -> Plot | None:
         kept = any((run.get("requests_per_connection") or 1) > 1 for run in drawn)
         axes.set_xlabel(f"share of all {'requests' if kept else 'connections'} (%)")
         axes.set_ylabel("server")
-        _titled(axes, title, narrow)
         _legend(picture, axes, narrow, 6)
 
     said = "; ".join(f"{_name(run)}: " + ", ".join(f"{run['outcomes'][name]} {name}" for name in names) for run in drawn)
@@ -478,7 +511,10 @@ def times_faster(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
         place = {name: len(names) - 1 - number for number, name in enumerate(names)}
         for number, other in enumerate(others):
             here = [row for row in drawn if row["other"].get("name") == other]
-            at = [place[row["what"], row["name"], (row.get("fdpass") or {}).get("name")] + (0.12 - 0.24 * number) * (len(others) > 1) for row in here]
+            at = [
+                place[row["what"], row["name"], (row.get("fdpass") or {}).get("name")] + (0.12 - 0.24 * number) * (len(others) > 1)
+                for row in here
+            ]
             ratios = [row["times_faster"] for row in here]
             ends = [row.get("times_faster_ci") or [ratio, ratio] for row, ratio in zip(here, ratios, strict=True)]
             spread = [
@@ -486,27 +522,39 @@ def times_faster(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
                 [max(0.0, end[1] - ratio) for ratio, end in zip(ratios, ends, strict=True)],
             ]
             axes.errorbar(
-                ratios, at, xerr=spread, linestyle="none", marker=_MARKERS[number], markersize=6, capsize=3, color=COLOURS[number], label=f"against {other}"
+                ratios,
+                at,
+                xerr=spread,
+                linestyle="none",
+                marker=_MARKERS[number],
+                markersize=6,
+                capsize=3,
+                color=COLOURS[number],
+                label=f"against {other}",
             )
         axes.axvline(1, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="as fast")
         labels = [_label(what, name) for what, name, _ in names]
-        axes.set_yticks([place[name] for name in names], [_wrapped(label, 20) if narrow else label for label in labels], fontsize=8 if narrow else 9.5)
+        axes.set_yticks(
+            [place[name] for name in names], [_wrapped(label, 20) if narrow else label for label in labels], fontsize=8 if narrow else 9.5
+        )
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.set_xlabel("times faster (ratio, log axis)")
         axes.set_ylabel("" if narrow else "what was passed")
         _log(axes, "x")
-        _titled(axes, title, narrow)
         _legend(picture, axes, narrow, 3)
 
     count = len({(row["what"], row["name"]) for row in drawn})
     said = "; ".join(f"{row['name']}: {row['times_faster']:.2f} against {row['other'].get('name')}" for row in drawn)
-    caption = "Right of the dashed line fdpass is faster, left of it slower. Bars: the 95 % interval; one that crosses the line shows no difference."
+    caption = (
+        "Right of the dashed line fdpass is faster, left of it slower. Bars: the 95 % interval; one across the line shows no difference."
+    )
     return _plot(title, caption, said, 1.6 + 0.27 * count, draw, 2.0 + 0.36 * count)
 
 
 def _label(what: str, name: str) -> str:
     if what == "descriptors":
-        return f"{name} descriptor{'' if name.split(',')[0] == '1' else 's'}"
+        number, comma, by = name.partition(",")
+        return f"{number} descriptor{'' if number == '1' else 's'}{comma}{by}"
     return name
 
 
@@ -519,7 +567,7 @@ def prices(what: str, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
     measured = [row for row in measured if (unit_of(row["fdpass"]) == "claims_per_s") == (unit == "claims_per_s")]
     words = {"us": "time of one (us", "us_per_descriptor": "time of each descriptor (us", "us_per_socket": "time of each socket (us"}
     names = list(dict.fromkeys(str(row["name"]) for row in measured))
-    sides: dict[str, dict[str, list[float | None]]] = {}
+    sides: dict[str, dict[str, list[Any]]] = {}
     for row in measured:
         for side, ours in ((row["fdpass"], True), (row.get("other"), False)):
             if side is not None and (what != "outstanding" or ours):
@@ -536,16 +584,21 @@ def prices(what: str, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
         step = 0.5 / max(1, len(sides))
         for number, (side, pairs) in enumerate(sides.items()):
             offset = (len(sides) - 1) * step / 2 - number * step
-            for middle, tail, row in ((*pair, place[name] + offset) for name, pair in pairs.items()):
+            for name, (middle, tail) in pairs.items():
+                row = place[name] + offset
                 if middle is not None and tail is not None:
                     axes.plot([middle, tail], [row, row], color=COLOURS[number], linewidth=1.6, linestyle=_DASHES[number % len(_DASHES)])
                     axes.plot([tail], [row], color=COLOURS[number], marker="|", markersize=9, linestyle="none")
             at = [(pair[0], place[name] + offset) for name, pair in pairs.items() if pair[0] is not None]
             if at:
-                axes.plot(*zip(*at, strict=True), color=COLOURS[number], marker=_MARKERS[number], markersize=6, linestyle="none", label=side)
+                axes.plot(
+                    *zip(*at, strict=True), color=COLOURS[number], marker=_MARKERS[number], markersize=6, linestyle="none", label=side
+                )
         if unit != "claims_per_s":
             axes.plot([], [], color=_INK, marker="|", markersize=9, linestyle="none", label="99th percentile")
-        axes.set_yticks([place[name] for name in names], [_wrapped(name, 20) if narrow else name for name in names], fontsize=8.5 if narrow else 9.5)
+        axes.set_yticks(
+            [place[name] for name in names], [_wrapped(name, 20) if narrow else name for name in names], fontsize=8.5 if narrow else 9.5
+        )
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.set_ylabel("" if narrow else {"descriptors": "descriptors in a message", "receivers": "receivers"}.get(what, "by"))
         if unit == "claims_per_s":
@@ -555,11 +608,11 @@ def prices(what: str, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
             if log:
                 _log(axes, "x")
             axes.set_xlabel(words.get(unit, "time (us") + (", log axis)" if log else ")"))
-        _titled(axes, title, narrow)
         _legend(picture, axes, narrow, 4)
 
     said = "; ".join(f"{side}: " + ", ".join(f"{name} {figure(pair[0])}" for name, pair in pairs.items()) for side, pairs in sides.items())
-    caption = "Right is better." if unit == "claims_per_s" else "Left is better. The mark is the median, the line ends at the 99th percentile."
+    timed = "Left is better. The mark is the median, the line ends at the 99th percentile."
+    caption = "Right is better." if unit == "claims_per_s" else timed
     return _plot(title, caption, said, 1.5 + 0.42 * len(names), draw, 1.9 + 0.5 * len(names))
 
 
@@ -593,7 +646,6 @@ def changes(comparison: Comparison) -> Plot | None:
         axes.set_xlabel("after over before (ratio, log axis)")
         axes.set_ylabel("" if narrow else "run")
         _log(axes, "x")
-        _titled(axes, title, narrow)
         _legend(picture, axes, narrow, 4)
 
     caption = "1 is no change. Bars: the 95 % interval of each by itself; the verdict allows for their number."

@@ -44,7 +44,8 @@ def tables_of(record: Record) -> list[Table]:
 
 
 def _latencies(runs: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["server", "mean ms", "95 % interval ms", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms", "theory mean ms", "of one queue"]
+    columns = ["server", "mean ms", "95 % interval ms", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms"]
+    columns += ["theory mean ms", "of one queue"]
     rows = []
     for run in runs:
         latency, theory = run.get("latency_ms") or {}, run.get("theory") or {}
@@ -211,7 +212,7 @@ def environment(record: Record) -> list[tuple[str, str]]:
         *((name, str(value)) for name, value in (found.get("sysctls") or {}).items() if value is not None),
     ]
     versions = {str(run["strategy"]): run["version"] for run in record.runs if run.get("server") == "peer" and run.get("version")}
-    lines += [(name, version) for name, version in versions.items()]
+    lines += list(versions.items())
     calibration = record.data.get("calibration") or {}
     latency = calibration.get("latency_ms") or {}
     if isinstance(latency.get("mean"), int | float):
