@@ -36,7 +36,16 @@ FLOORS = [
     {
         f"fdpass_bench.{name}"
         for name in (
-            "answer", "contenders", "estimate", "loadgen", "measure", "peers", "peer_apps.application", "records", "sockdiag", "theory",
+            "answer",
+            "contenders",
+            "estimate",
+            "loadgen",
+            "measure",
+            "peers",
+            "peer_apps.application",
+            "records",
+            "sockdiag",
+            "theory",
         )
     },
     {"fdpass_bench.clients", "fdpass_bench.curves", "fdpass_bench.tables"},

@@ -371,9 +371,17 @@ def doctor() -> int:
 @command.command(short_help="Show who listens on a port, and the queues.")
 @click.argument("port", type=click.IntRange(1, 65535))
 def who(port: int) -> int:
-    """Shows which processes hold the listening sockets of a TCP port, with the queue and the limit of each socket.
+    """Shows which processes hold the listening sockets of a TCP port, how they share it, and the queue and limit of each socket.
 
-    The exit status is 1 when nothing listens there.
+    \b
+    waits     a thread sleeps until a connection comes
+    busy      its epoll has the socket, but no thread was waiting there
+    holds it  it has the socket open, and does nothing about it
+
+    A black hole, a socket that nobody accepts from, is warned of: no holder was seen waiting for a second, or its queue stood while others
+    emptied. It is told from the processes' epolls and from where their threads sleep.
+
+    The exit status is 1 when nothing listens there, or a socket is a black hole.
 
     \b
     Example:

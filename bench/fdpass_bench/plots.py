@@ -128,11 +128,17 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
-def _legend(drawn: Figure, axes: Axes, narrow: bool, columns: int = 3) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if narrow:
-        columns = 1 if max(map(len, labels), default=0) > 22 else 2
+def _legend(drawn: Figure, labelled: Mapping[str, Any], narrow: bool) -> None:
+    """Below the axes, in as many columns as have room. A point is a pixel; a letter of this size has about 5.8, and its handle 52."""
+    room = (_NARROW if narrow else _WIDE) * 72
+    columns = max(1, int(room / (52 + 5.8 * max(map(len, labelled), default=0))))
+    handles, labels = list(labelled.values()), list(labelled)
     drawn.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)), handlelength=3.0, columnspacing=1.5)
+
+
+def _labelled(axes: Axes) -> dict[str, Any]:
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -225,7 +231,7 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
         axes.set_xlabel("percentile of requests (%)")
         axes.set_ylabel("latency (ms, log axis)")
         _log(axes, "y")
-        _legend(picture, axes, narrow, 2)
+        _legend(picture, _labelled(axes), narrow)
 
     known = [(_name(run), run.get("latency_ms") or {}) for run in drawn]
     said = "; ".join(f"{name}: median {figure(latency.get('p50'))} ms, p99 {figure(latency.get('p99'))} ms" for name, latency in known)
@@ -302,7 +308,7 @@ def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
         axes.set_xlabel("load (share of what the workers can do)" if axis == "load" else "workers (number of processes)")
         axes.set_ylabel("mean latency (ms, log axis)")
         _log(axes, "y")
-        _legend(picture, axes, narrow, 2)
+        _legend(picture, _labelled(axes), narrow)
 
     caption = "Lower is better. Bars: the 95 % interval of the mean. Dashed: queueing theory, with the times these workers were occupied."
     said = "; ".join(
@@ -352,7 +358,7 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
         axes.set_xlabel("worker (one bar each, by server)")
         axes.set_ylabel(f"{what} (number)")
         axes.set_ylim(bottom=0)
-        _legend(picture, axes, narrow, 4)
+        _legend(picture, _labelled(axes), narrow)
 
     said = "; ".join(f"{_name(run)}: {min(run[key])} to {max(run[key])}" for run in drawn)
     caption = "Evener is better. Under each server the largest share over the mean: 1.00 is perfectly even."
@@ -414,9 +420,7 @@ def over_time(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
             picture.supylabel(f"{what} of each worker (per second)", fontsize=10)
             for axes in panels:
                 axes.set_ylabel("")
-        labels = list(used)
-        most = min(2 if narrow else 4, len(labels))
-        picture.legend([used[label] for label in labels], labels, loc="outside lower left", ncols=most, handlelength=3.0)
+        _legend(picture, used, narrow)
 
     events = sum(len(run.get("events") or []) for run, _ in drawn)
     repeats = max(len(run["series"]) for run, _ in drawn)
@@ -486,7 +490,7 @@ def outcomes(runs: Sequence[_Run]) -> Plot | None:
         kept = any((run.get("requests_per_connection") or 1) > 1 for run in drawn)
         axes.set_xlabel(f"share of all {'requests' if kept else 'connections'} (%)")
         axes.set_ylabel("server")
-        _legend(picture, axes, narrow, 6)
+        _legend(picture, _labelled(axes), narrow)
 
     said = "; ".join(f"{_name(run)}: " + ", ".join(f"{run['outcomes'][name]} {name}" for name in names) for run in drawn)
     caption = "Reset: cut off before the answer was whole. Refused: no connection came about. Timeout: given up."
@@ -541,7 +545,7 @@ def times_faster(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
         axes.set_xlabel("times faster (ratio, log axis)")
         axes.set_ylabel("" if narrow else "what was passed")
         _log(axes, "x")
-        _legend(picture, axes, narrow, 3)
+        _legend(picture, _labelled(axes), narrow)
 
     count = len({(row["what"], row["name"]) for row in drawn})
     said = "; ".join(f"{row['name']}: {row['times_faster']:.2f} against {row['other'].get('name')}" for row in drawn)
@@ -608,7 +612,7 @@ def prices(what: str, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
             if log:
                 _log(axes, "x")
             axes.set_xlabel(words.get(unit, "time (us") + (", log axis)" if log else ")"))
-        _legend(picture, axes, narrow, 4)
+        _legend(picture, _labelled(axes), narrow)
 
     said = "; ".join(f"{side}: " + ", ".join(f"{name} {figure(pair[0])}" for name, pair in pairs.items()) for side, pairs in sides.items())
     timed = "Left is better. The mark is the median, the line ends at the 99th percentile."
@@ -646,7 +650,7 @@ def changes(comparison: Comparison) -> Plot | None:
         axes.set_xlabel("after over before (ratio, log axis)")
         axes.set_ylabel("" if narrow else "run")
         _log(axes, "x")
-        _legend(picture, axes, narrow, 4)
+        _legend(picture, _labelled(axes), narrow)
 
     caption = "1 is no change. Bars: the 95 % interval of each by itself; the verdict allows for their number."
     said = "; ".join(change.sentence for change in drawn)
