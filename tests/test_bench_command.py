@@ -351,3 +351,15 @@ def test_doctor_says_what_to_do_about_a_low_limit() -> None:
     assert done.returncode == 0, done.stdout
     assert re.search(r"^note +RLIMIT_NOFILE +200 soft", done.stdout, re.MULTILINE)
     assert "LimitNOFILE=" in done.stdout
+
+
+def test_doctor_says_what_to_do_in_the_line_after_each_lack() -> None:
+    done = subprocess.run(["sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *COMMAND, "doctor"], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    noted = [number for number, line in enumerate(lines) if re.match(r"(note|lack) ", line)]
+    assert noted
+    for number in noted:
+        # What was found may be longer than a line.
+        following = next(line for line in lines[number + 1 :] if re.match(r"\S| +-> ", line))
+        assert following.lstrip().startswith("-> "), lines[number]
+    assert "Worth a look: " in " ".join(done.stdout.split())
