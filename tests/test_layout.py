@@ -46,9 +46,10 @@ FLOORS = [
             "records",
             "sockdiag",
             "theory",
+            "waiting",
         )
     },
-    {"fdpass_bench.clients", "fdpass_bench.curves", "fdpass_bench.tables"},
+    {"fdpass_bench.clients", "fdpass_bench.curves", "fdpass_bench.screens", "fdpass_bench.tables"},
     {"fdpass_bench.compare"},
     {"fdpass_bench.formats", "fdpass_bench.plots"},
     {"fdpass_bench.page"},

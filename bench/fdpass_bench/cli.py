@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fdpass_bench import screens
+
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
     from fdpass_bench.balance import Plan, Run, Strategy
@@ -38,6 +40,18 @@ def _strategy(ctx: click.Context, param: click.Parameter, text: str) -> Strategy
 
 def _strategies(ctx: click.Context, param: click.Parameter, text: str) -> list[Strategy]:
     return list(dict.fromkeys(_strategy(ctx, param, one) for one in text.split(",")))
+
+
+def _every_strategy() -> list[str]:
+    from fdpass_bench.balance import ORDERS
+
+    return [*ORDERS, *(f"{name}:{order}" for name, orders in ORDERS.items() for order in orders)]
+
+
+def _every_peer() -> list[str]:
+    from fdpass_bench.peers import PEERS
+
+    return list(PEERS)
 
 
 def _targets(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> list[Target]:
@@ -93,7 +107,13 @@ def command(ctx: click.Context) -> int:
       fdpass-bench
       fdpass-bench balance --strategies shared,reuseport --scenario kill
       fdpass-bench serve 127.0.0.1:8000 --workers 4
+      fdpass-bench report before.json after.json
       fdpass-bench who 8000
+
+    \b
+    Completion, for the shell's start-up file (zsh: zsh_source):
+      eval "$(_FDPASS_BENCH_COMPLETE=bash_source fdpass-bench)"
+      _FDPASS_BENCH_COMPLETE=fish_source fdpass-bench | source
     """
     if ctx.invoked_subcommand is not None:
         return 0
@@ -102,11 +122,12 @@ def command(ctx: click.Context) -> int:
     return _measure(_plans([Strategy.parse(text) for text in _DEMONSTRATION], ["idle", "burst", "kill"], 4, None, 10.0, None), None)
 
 
-@command.command(short_help="Measure how strategies share connections out, and what they lose.")
+@command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
 @click.option(
     "--strategies",
     metavar="LIST",
     callback=_strategies,
+    shell_complete=screens.listed(_every_strategy),
     default=",".join(_DEMONSTRATION),
     help="NAME or NAME:ORDER, separated by commas.  [default: shared,reuseport,reuseport-bare; steady: shared,reuseport]",
 )
@@ -155,7 +176,15 @@ def command(ctx: click.Context) -> int:
 @click.option("--seed", type=click.IntRange(0, 2**31), default=None, help="steady: the same seed is the same work.  [default: 1]")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=None, help="steady: runs of each server, in ABBA order.  [default: 2]")
 @click.option("--target", "targets", metavar="HOST:PORT", multiple=True, callback=_targets, help="steady: a server that runs already.")
-@click.option("--peer", "peers", metavar="LIST", multiple=True, callback=_peers, help="steady: start nginx, uvicorn, node ... and compare.")
+@click.option(
+    "--peer",
+    "peers",
+    metavar="LIST",
+    multiple=True,
+    callback=_peers,
+    shell_complete=screens.listed(_every_peer),
+    help="steady: start nginx, uvicorn, node ... and compare.",
+)
 @click.pass_context
 def balance(
     ctx: click.Context,
@@ -230,12 +259,13 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     return parse
 
 
-@command.command("pass", short_help="Measure what passing a descriptor costs.")
+@command.command("pass", cls=screens.Command, short_help="Measure what passing a descriptor costs.")
 @click.option(
     "--what",
     metavar="LIST",
     multiple=True,
     callback=_of("comparison", _PRICES),
+    shell_complete=screens.listed(lambda: _PRICES),
     help=f"Of {', '.join(_PRICES)}.  [default: all]",
 )
 @click.option(
@@ -244,6 +274,7 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     metavar="LIST",
     multiple=True,
     callback=_of("start method", multiprocessing.get_all_start_methods()),
+    shell_complete=screens.listed(multiprocessing.get_all_start_methods),
     help=f"starts: of {', '.join(multiprocessing.get_all_start_methods())}.  [default: all]",
 )
 @click.option("--sender", type=click.Choice(["idle", "busy", "both"]), default=None, help="carriers: what it does.  [default: both]")
@@ -300,13 +331,11 @@ def pass_(
     return _price(plan, json_file, html_file)
 
 
-@command.command(short_help="Show and compare files that --json wrote.")
+@command.command(cls=screens.Command, short_help="Show and compare files that --json wrote.")
 @click.argument("files", metavar="A.json [B.json ...]", nargs=-1, required=True, type=click.Path())
 @_html
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False, allow_dash=True), help="One line for each run; - is standard output.")
-@click.option(
-    "--markdown", "markdown_file", type=click.Path(dir_okay=False, allow_dash=True), help="For an issue; - is standard output."
-)
+@click.option("--markdown", "markdown_file", type=click.Path(dir_okay=False, allow_dash=True), help="For an issue; - is standard output.")
 def report(files: Sequence[str], html_file: str | None, csv_file: str | None, markdown_file: str | None) -> int:
     """Shows what a JSON file of balance or pass says; with several files, what changed since the first, and whether it got worse.
 
@@ -320,7 +349,7 @@ def report(files: Sequence[str], html_file: str | None, csv_file: str | None, ma
     Examples:
       fdpass-bench report steady.json --html steady.html
       fdpass-bench report before.json after.json
-      fdpass-bench report before.json after.json --markdown - | gh issue comment 7 -F -
+      fdpass-bench report before.json after.json --markdown - >> issue.md
     """
     from fdpass_bench import publish
 
@@ -330,10 +359,18 @@ def report(files: Sequence[str], html_file: str | None, csv_file: str | None, ma
         raise click.UsageError(str(error)) from error
 
 
-@command.command(short_help="Answer HTTP requests with the worker's index.")
+@command.command(cls=screens.Command, short_help="Answer HTTP requests with the worker's index.")
 @click.argument("address", default="127.0.0.1:8000")
 @_workers
-@click.option("--strategy", metavar="NAME", callback=_strategy, default="shared", show_default=True, help="NAME or NAME:ORDER.")
+@click.option(
+    "--strategy",
+    metavar="NAME",
+    callback=_strategy,
+    shell_complete=screens.listed(_every_strategy),
+    default="shared",
+    show_default=True,
+    help="NAME or NAME:ORDER.",
+)
 def serve(address: str, workers: int, strategy: Strategy) -> int:
     """Answers each HTTP request with its worker's index, until Ctrl-C or SIGTERM.
 
@@ -353,7 +390,7 @@ def serve(address: str, workers: int, strategy: Strategy) -> int:
             raise click.UsageError(str(error)) from error
 
 
-@command.command(short_help="Try what this machine allows.")
+@command.command(cls=screens.Command, short_help="Try what this machine allows.")
 def doctor() -> int:
     """Tries what this machine allows and says what to do about each lack.
 
@@ -368,7 +405,7 @@ def doctor() -> int:
     return examination.show()
 
 
-@command.command(short_help="Show who listens on a port, and the queues.")
+@command.command(cls=screens.Command, short_help="Show who listens on a port, and the queues.")
 @click.argument("port", type=click.IntRange(1, 65535))
 def who(port: int) -> int:
     """Shows which processes hold the listening sockets of a TCP port, how they share it, and the queue and limit of each socket.
