@@ -76,6 +76,22 @@ def kill(strategy: str = "shared", lost: int = 0, **others: Any) -> dict[str, An
     return run | others
 
 
+def stall(strategy: str = "shared", delayed: int = 0, **others: Any) -> dict[str, Any]:
+    figures = {
+        "arrived_while_frozen": 500,
+        "delayed": delayed,
+        "delayed_share": delayed / 500,
+        "delayed_share_split": 0.25,
+        "longest_ms": 990.0,
+    }
+    return kill(strategy, scenario="stall", **figures) | others
+
+
+def scale_out(strategy: str = "shared", factor: float = 1.0) -> dict[str, Any]:
+    steps = [{"workers": k, "connections_per_s": 100.0 * factor * k, "share_of_linear": 1.0} for k in (1, 2, 4)]
+    return kill(strategy, scenario="scale-out", steps=steps)
+
+
 def row(name: str = "loading a pickle", factor: float = 1.0, **others: Any) -> dict[str, Any]:
     rounds = [factor * value for value in (30.0, 31.0, 29.5, 30.5, 30.2)]
     found: dict[str, Any] = {

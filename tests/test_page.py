@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from browser import CHROMIUM, Browser, browser
-from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, steady, written
+from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, scale_out, stall, steady, written
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH (apt install chromium)"),
@@ -62,7 +62,8 @@ def pages(folder: Path) -> dict[str, Path]:
     kept = steady("nginx", 3.0, server="peer", version="1.22", requests_per_connection=5, theory=None)
     many = steady("many", workers=16, per_worker=[100] * 16, series=[{"repeat": 1, "bin_seconds": 1.0, "per_worker": [[9, 10]] * 16}])
     bad = steady("reuseport-bare", valid=False, invalid_reason="the generator was late")
-    balance = balance_file(*sweep, kept, many, bad, kill(lost=0), kill("reuseport-bare", lost=40), verdict="Shared lost nothing.")
+    more = [stall(), stall("reuseport", 120), scale_out(), scale_out("reuseport", 0.8)]
+    balance = balance_file(*sweep, kept, many, bad, kill(lost=0), kill("reuseport-bare", lost=40), *more, verdict="Shared lost nothing.")
     prices = pass_file(row(), row("a queue", 9.0), row("a claim", what="outstanding", other=None, times_faster=None, times_faster_ci=None))
     before, after = written(folder / "before.json", balance), written(folder / "after.json", balance_file(*(steady(factor=2.0), kill())))
     one = written(folder / "pass.json", prices | {"environment": ENVIRONMENT | {"command": ["fdpass-bench", "pass"]}})

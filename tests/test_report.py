@@ -16,7 +16,7 @@ from fdpass_bench import cli, compare, curves, formats, records, tables, theory
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, steady, written
+from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, stall, steady, written
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "fdpass_bench"]
 
@@ -67,18 +67,22 @@ def test_a_file_that_breaks_off_anywhere_is_one_sentence(tmp_path: Path, capsys:
         assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("key", sorted({*steady(), *kill()} - {"strategy", "scenario"}))
-@pytest.mark.parametrize("value", [None, 3, "text", [1], {"a": 1}, [], {}, True])
-def test_whatever_stands_in_a_run_it_is_shown_or_refused(key: str, value: Any) -> None:
-    data = balance_file(steady(**{key: value}), kill(lost=2, **{key: value}))
-    try:
-        record = records.record(data, "runs.json")
-    except records.RecordError:
-        return
-    formats.as_csv([record])
+@pytest.mark.parametrize("key", sorted({*steady(), *kill(), *stall()} - {"strategy", "scenario"}))
+def test_whatever_stands_in_a_run_it_is_shown_or_refused(key: str) -> None:
     other = records.record(balance_file(steady(), kill(), steady("other")), "b.json")
-    same = records.Record("c.json", "balance", {**data, "runs": [*record.runs, steady("other")]})
-    formats.as_markdown([same], [compare.compare(other, same)])
+    refused = 0
+    values: list[Any] = [None, 3, "text", [1], {"a": 1}, [], {}, True]
+    for value in values:
+        data = balance_file(steady(**{key: value}), kill(lost=2, **{key: value}))
+        try:
+            record = records.record(data, "runs.json")
+        except records.RecordError:
+            refused += 1
+            continue
+        formats.as_csv([record])
+        same = records.Record("c.json", "balance", {**data, "runs": [*record.runs, steady("other")]})
+        formats.as_markdown([same], [compare.compare(other, same)])
+    assert refused < len(values)
 
 
 def test_files_that_have_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +239,13 @@ def test_losses_are_counts() -> None:
         "shared, kill, 2 workers: lost that no worker had accepted 20 of 200, before 0 of 200"
     ]
     assert compare._fisher(1, 10, 9, 10) == pytest.approx(0.00109, abs=2e-5)  # a table of Fisher's, as R has it
+
+
+def test_a_worker_that_strands_more_is_worse() -> None:
+    found = compared(balance_file(stall(delayed=2)), balance_file(stall(delayed=125)))
+    assert [change.sentence for change in found.worse] == [
+        "shared, stall, 2 workers: delayed while a worker was frozen 125 of 500, before 2 of 500"
+    ]
 
 
 def test_an_invalid_run_is_not_compared_and_the_status_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,14 @@ def _of_runs(title: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> li
             for key, name in (("p99", "p99"), ("p99_9", "p99.9"))
             if latencies[0].get(key) and latencies[1].get(key)
         ]
+    for key, total, measure in (
+        ("delayed", "arrived_while_frozen", "delayed while a worker was frozen"),
+        ("failed", "requests", "failed in the rolls"),
+    ):
+        many, of = [run.get(key) for run in (one, other)], [run.get(total) or 0 for run in (one, other)]
+        if None not in many and any(many) and all(0 <= (count or 0) <= whole for count, whole in zip(many, of, strict=True)):
+            chance = _fisher(many[0] or 0, of[0], many[1] or 0, of[1])
+            found.append(_Raw(title, measure, many[0], many[1], chance=chance, of=(of[0], of[1])))
     for key, measure in (("lost_unaccepted", "lost that no worker had accepted"), ("lost_accepted", "lost that a worker had accepted")):
         counts, totals = [run.get(key) or 0 for run in (one, other)], [sum((run.get("outcomes") or {}).values()) for run in (one, other)]
         if any(counts) and all(0 <= count <= total for count, total in zip(counts, totals, strict=True)):

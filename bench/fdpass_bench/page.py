@@ -129,6 +129,8 @@ def _parts(record: Record, named: str) -> list[_Part]:
             plots.per_worker(runs, colours),
             plots.per_worker(runs, colours, "requests") if kept else None,
             plots.over_time(runs, colours),
+            plots.stranded(runs, colours),
+            plots.scaling(runs, colours),
             plots.outcomes(runs),
         ]
         only = Record(record.name, record.kind, {**record.data, "runs": runs})

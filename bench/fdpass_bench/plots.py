@@ -160,12 +160,7 @@ def _log(axes: Axes, which: str) -> None:
     axis.set_major_locator(few if decades < 0.9 else LogLocator(10, subs=(1, 2, 5) if decades < 2.6 else (1,), numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _servers(runs: Sequence[_Run]) -> dict[str, int]:
-    """Each server keeps its colour on the whole page."""
-    return {name: number for number, name in enumerate(dict.fromkeys(str(run["strategy"]) for run in runs))}
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 10000 else f"{value:g}"))
 
 
 def _name(run: _Run) -> str:
@@ -288,6 +283,10 @@ def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
                 label=label,
                 zorder=3,
             )
+            hollow = [(x, mean) for x, mean, run in zip(at, means, line, strict=True) if run.get("valid") is False]
+            if hollow:
+                style: Any = {"marker": _MARKERS[number], "linestyle": "none", "markerfacecolor": _PAPER, "markeredgewidth": 1.6}
+                axes.plot(*zip(*hollow, strict=True), **style, color=COLOURS[number], zorder=4, label=f"{key[0]}: INVALID")
             predicted = [
                 (place, theory["latency_ms"]["mean"])
                 for run, place in zip(line, at, strict=True)
@@ -495,6 +494,71 @@ def outcomes(runs: Sequence[_Run]) -> Plot | None:
     said = "; ".join(f"{_name(run)}: " + ", ".join(f"{run['outcomes'][name]} {name}" for name in names) for run in drawn)
     caption = "Reset: cut off before the answer was whole. Refused: no connection came about. Timeout: given up."
     return _plot(title, caption, said, 1.5 + 0.45 * len(drawn), draw, 1.9 + 0.5 * len(drawn))
+
+
+def stranded(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
+    """Of `stall`: the share of what arrived while a worker was frozen that had to wait for it, beside the share that k queues strand."""
+    drawn = [run for run in runs if run.get("delayed_share") is not None]
+    if not drawn:
+        return None
+    title = f"Delayed while a worker was frozen: {condition_of(drawn[0])}"
+    split = next((run["delayed_share_split"] for run in drawn if run.get("delayed_share_split") is not None), None)
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        for place, run in enumerate(reversed(drawn)):
+            number = colours[str(run["strategy"])] % len(COLOURS)
+            axes.barh([place], [100 * run["delayed_share"]], height=0.6, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run))
+            axes.annotate(
+                f"{100 * run['delayed_share']:.1f}",
+                (100 * run["delayed_share"], place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        if split is not None:
+            axes.axvline(100 * split, color=_INK, linewidth=1.3, linestyle=(0, (4, 2)), label="one queue of k (1/k)")
+        axes.set_yticks(range(len(drawn)), [_wrapped(_name(run), 14) if narrow else _name(run) for run in reversed(drawn)])
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, max(5.0, *(112 * run["delayed_share"] for run in drawn), 112 * (split or 0)))
+        axes.set_xlabel("share of those that arrived then (%)")
+        axes.set_ylabel("" if narrow else "server")
+        _legend(picture, _labelled(axes), narrow)
+
+    said = "; ".join(f"{_name(run)}: {run['delayed_share']:.1%}" for run in drawn)
+    caption = "Lower is better. Dashed: what is stranded where each worker has a queue of its own, and a hash chooses."
+    return _plot(title, caption, said, 1.6 + 0.42 * len(drawn), draw, 2.1 + 0.5 * len(drawn))
+
+
+def scaling(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
+    """Of `scale-out`: connections per second by the number of workers."""
+    drawn = [(run, [step for step in run.get("steps") or [] if step.get("workers") and step.get("connections_per_s")]) for run in runs]
+    drawn = [(run, steps) for run, steps in drawn if len(steps) > 1]
+    if not drawn:
+        return None
+    title = f"Throughput by workers: {drawn[0][0]['scenario']}"
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        for run, steps in drawn:
+            number = colours[str(run["strategy"])] % len(COLOURS)
+            at = [(step["workers"], step["connections_per_s"]) for step in steps]
+            axes.plot(*zip(*at, strict=True), color=COLOURS[number], marker=_MARKERS[number], linestyle=_DASHES[number], label=_name(run))
+        first = drawn[0][1][0]
+        ends = [first["workers"], max(step["workers"] for _, steps in drawn for step in steps)]
+        each = first["connections_per_s"] / first["workers"]
+        axes.plot(ends, [each * count for count in ends], color=_FAINT, linestyle=(0, (1, 1.5)), label="as many times as workers")
+        axes.set_xlabel("workers (number of processes)")
+        axes.set_ylabel("connections (per second, log axis)")
+        _log(axes, "x")
+        _log(axes, "y")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({step["workers"] for _, steps in drawn for step in steps})))
+        _legend(picture, _labelled(axes), narrow)
+
+    said = "; ".join(
+        f"{_name(run)}: " + ", ".join(f"{figure(s['connections_per_s'])} with {s['workers']}" for s in steps) for run, steps in drawn
+    )
+    return _plot(title, "Higher is better. Dotted: in proportion to the workers.", said, 4.0, draw, 4.4)
 
 
 # -------------------------------------------------------------------------------- prices

@@ -66,14 +66,14 @@ def report(files: Sequence[str], html_file: str | None, csv_file: str | None, ma
         if file not in (None, "-") and file in files:
             raise PublishError(f"{file} is to be read: it is not overwritten")
     refuse_unwritable(csv_file, markdown_file, html_file)
-    if "-" not in (html_file, csv_file, markdown_file):
-        formats.show(found, comparisons, console(sys.stdout))
     if html_file is not None:
         _write(html_file, _page(found, comparisons))
     if csv_file is not None:
         _write(csv_file, formats.as_csv(found))
     if markdown_file is not None:
         _write(markdown_file, formats.as_markdown(found, comparisons))
+    if "-" not in (html_file, csv_file, markdown_file):
+        formats.show(found, comparisons, console(sys.stdout))
     invalid = any(record.invalid for record in found)
     return 1 if invalid or any(comparison.worse for comparison in comparisons) else 0
 

@@ -41,7 +41,13 @@ _OF_A_RUN: Mapping[str, Any] = {
     "events": [{str: object}],
     "invalid_reason": str,
     "version": str,
+    **dict.fromkeys(("arrived_while_frozen", "delayed", "rolls", "requests", "failed", "opened", "open_range_end"), int),
+    **dict.fromkeys(("delayed_share", "delayed_share_split", "frozen_seconds", "longest_ms"), _NUMBER),
+    **dict.fromkeys(("open_stdev", "open_stdev_end", "open_stdev_random", "open_range"), _NUMBER),
+    "roll_seconds": [_NUMBER],
+    "steps": [{str: object}],
 }
+_OF_A_STEP: Mapping[str, Any] = {"workers": int, "connections_per_s": _NUMBER, "share_of_linear": _NUMBER}
 _OF_A_ROW: Mapping[str, Any] = {
     "fdpass": {str: object},
     "other": {str: object},
@@ -184,6 +190,7 @@ def _check_runs(runs: list[Any], name: str) -> None:
         _check(run.get("ci") or {}, {"mean_ms": [_NUMBER], "batches": int}, f"{where}: ci")
         _check_all(run.get("series") or [], _OF_A_SERIES, f"{where}: series")
         _check_all(run.get("events") or [], _OF_AN_EVENT, f"{where}: event")
+        _check_all(run.get("steps") or [], _OF_A_STEP, f"{where}: step")
 
 
 def _check_rows(rows: list[Any], name: str) -> None:

@@ -21,6 +21,24 @@ WHAT = {
 }
 
 
+#: Of stall, rolling and long-lived.
+_BEYOND = {
+    "arrived_while_frozen": "arrived while frozen",
+    "delayed": "of these delayed",
+    "delayed_share": "share delayed",
+    "delayed_share_split": "share of one queue of k",
+    "longest_ms": "longest ms",
+    "rolls": "rolls",
+    "roll_seconds": "s for each roll",
+    "requests": "requests",
+    "failed": "failed",
+    "opened": "opened",
+    "open_stdev": "stdev of open connections",
+    "open_stdev_random": "stdev by chance",
+    "open_range": "range of open connections",
+}
+
+
 @dataclass(frozen=True)
 class Table:
     """columns: names with their units. The first holds words, and so do `words`; the others numbers. struck: rows of what is not valid."""
@@ -40,7 +58,33 @@ def tables_of(record: Record) -> list[Table]:
         if any(run.get("latency_ms") or run.get("ci") is not None or "latency_ms" in run for run in runs):
             found.append(_latencies(runs))
         found.append(_shares(runs))
+        found += [table for table in (_beyond(runs), _steps(runs)) if table is not None]
     return found
+
+
+def _beyond(runs: Sequence[Mapping[str, Any]]) -> Table | None:
+    """What a scenario measures beyond shares and outcomes."""
+    columns = [(key, name) for key, name in _BEYOND.items() if any(run.get(key) is not None for run in runs)]
+    if not columns:
+        return None
+    rows = [[_named(run), *(_any(run.get(key)) for key, _ in columns)] for run in runs]
+    return Table(f"Beyond that: {condition_of(runs[0])}", ["server", *(name for _, name in columns)], rows, struck=_struck(runs))
+
+
+def _steps(runs: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Of `scale-out`: what each number of workers did."""
+    rows = [
+        [_named(run), str(step.get("workers", "-")), figure(step.get("connections_per_s")), figure(step.get("share_of_linear"))]
+        for run in runs
+        for step in run.get("steps") or []
+    ]
+    return Table(f"Steps: {runs[0]['scenario']}", ["server", "workers", "connections / s", "share of linear"], rows) if rows else None
+
+
+def _any(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(figure, value)) or "-"
+    return str(value) if isinstance(value, int) else figure(value)
 
 
 def _latencies(runs: Sequence[Mapping[str, Any]]) -> Table:
