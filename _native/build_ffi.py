@@ -7,7 +7,7 @@ from pathlib import Path
 import cffi
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["ancillary.c", "socket.c", "watch.c", "store.c", "claim.c", "platform.c"]
+SOURCES = ["ancillary.c", "socket.c", "watch.c", "store.c", "claim.c", "dispatcher.c", "platform.c"]
 
 ffibuilder = cffi.FFI()
 _marked = re.search(r"/\* cffi: begin \*/(.*)/\* cffi: end \*/", (HERE / "fdpass_native.h").read_text(), re.S)

@@ -219,6 +219,68 @@ int fdp_claim_run(int sock, fdp_claim *claim, int timeout_ms);
 
 /* Closes what a claim holds. Ownership: consumes claim->fd and claim->spare where they are not -1. */
 void fdp_claim_close(fdp_claim *claim);
+
+/* -- The dispatcher: accepts for a group of workers and gives each connection to one of them, as long as they ask for some. */
+
+/* The board, as the dispatcher sees it: lines of FDP_WORDS words of 8 bytes, one for each worker and one more, whose first word is
+ * FDP_HUNGRY. fdpass/_board.py says what the words mean. */
+enum { FDP_WORDS = 8, FDP_OPEN = 0, FDP_ACCEPTED = 1, FDP_LOAD = 4, FDP_ASKED = 6, FDP_HUNGRY = 0 };
+
+/* Who gets the next connection, of those that have asked for one. */
+enum { FDP_ROUND_ROBIN = 0, FDP_LEAST_LOADED = 1 };
+
+enum { FDP_CREDITS = 128 /* connections that one worker may have unreceived, at most: a socket pair takes about twice as many */ };
+
+typedef struct fdp_dispatcher fdp_dispatcher;
+
+typedef struct {
+    int pending;                   /* connections that were taken back and wait for somebody to ask */
+    unsigned long long given;      /* connections sent to a worker, those taken back included */
+    unsigned long long recovered;  /* taken back because their worker ended, left or was retired */
+    unsigned long long rescued;    /* taken back from a worker that left them lying while another one asked */
+    unsigned long long lost;       /* taken back in a process without a free descriptor number, which is how they ended */
+    unsigned long long refused;    /* times that accept or sendmsg said that something was short */
+} fdp_dispatch_stats;
+
+/* Starts a thread that never needs the interpreter. board: the file of `lines` + 1 lines. credits: what a worker may have unreceived
+ * whatever it asks for, 1 to FDP_CREDITS. A forked child has no dispatcher and none of its descriptors, whoever forked it.
+ * Ownership: borrows listener (listening, non-blocking) and board; *made is the caller's, for fdp_dispatch_stop. */
+int fdp_dispatch_start(int listener, int board, int lines, int order, int credits, fdp_dispatcher **made);
+
+/* Makes ready for a worker on a line that has none: its ASKED is 0. Returns the worker's end of a socket pair. -EBUSY where the line
+ * has a worker still.
+ * Ownership: the number returned is the caller's to send and close; the dispatcher keeps the other end and a duplicate of this one. */
+int fdp_dispatch_attach(fdp_dispatcher *dispatcher, int line);
+
+/* The worker of that line has started: when the process behind pidfd ends, what it has not received goes to others. Once it has ended,
+ * or without a worker, this does nothing.
+ * Ownership: borrows pidfd, the dispatcher keeps a duplicate; -1: only fdp_dispatch_ended tells. */
+int fdp_dispatch_launched(fdp_dispatcher *dispatcher, int line, int pidfd);
+
+/* Gives that line's worker nothing more; what it has not received goes to others.
+ * Ownership: the connections become the dispatcher's again. */
+void fdp_dispatch_retire(fdp_dispatcher *dispatcher, int line);
+
+/* The process is gone: as fdp_dispatch_retire, and the line is free for another. Ownership: everything of that line is closed. */
+void fdp_dispatch_ended(fdp_dispatcher *dispatcher, int line);
+
+/* How things stand. Ownership: none. */
+void fdp_dispatch_count(fdp_dispatcher *dispatcher, fdp_dispatch_stats *stats);
+
+/* Ends the thread. Connections that no worker has received are closed, as those in a listening socket's queue are. In a forked child it
+ * frees the memory, there is nothing else.
+ * Ownership: consumes dispatcher and all that it holds. */
+void fdp_dispatch_stop(fdp_dispatcher *dispatcher);
+
+/* In the worker: asked for `count` connections so far; wakes the dispatcher when it waits for that, or in any case with `wake`, as
+ * befits a count that went down. Returns 0; -EAGAIN and the like do no harm.
+ * Ownership: borrows sock; asked and hungry are words of the board. */
+int fdp_ask(int sock, long long *asked, const long long *hungry, long long count, int wake);
+
+/* In the worker: the next connection. -EAGAIN: none is there; -EPIPE: there will be no more; -EMFILE: *spare is -1 and no number is free,
+ * nothing was received. -EBADMSG: the kernel could not install it, and it is lost, which is what the number held free is to prevent.
+ * Ownership: borrows sock; the connection is the caller's; *spare (a number held free, or -1) is closed and taken anew, and the caller's. */
+int fdp_take(int sock, int *spare);
 /* cffi: end */
 
 #endif

@@ -1,6 +1,7 @@
-"""uvicorn in every worker of a group, all on one port: python examples/uvicorn_workers.py [host:port] [workers]
+"""uvicorn in every worker of a group, all on one port: python examples/uvicorn_workers.py [host:port] [workers] [strategy] [order]
 
-uvicorn is given the group's listening socket; its own signal handling ends it when the group stops.
+strategy: shared (the default), reuseport, reuseport-bare, dispatch or auto. uvicorn is given the group's listener, whatever the strategy;
+its own signal handling ends it when the group stops.
 """
 
 import os
@@ -20,17 +21,40 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
+class Server(uvicorn.Server):
+    """uvicorn, whose connections come from a listener of fdpass instead of a socket of its own."""
+
+    def __init__(self, config: uvicorn.Config, listener: fdpass.Listener) -> None:
+        super().__init__(config)
+        self.listener = listener
+
+    async def startup(self, sockets=None) -> None:
+        """What uvicorn.Server does, but for where connections come from."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(3)
+
+        def protocol():
+            return self.config.http_protocol_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        self.servers = [await fdpass.aio.create_server(protocol, self.listener, ssl=self.config.ssl)]
+        self.started = True
+
+
+#: One connection for each wake-up of one worker, where this version of fdpass has such a loop.
+LOOP = "fdpass.aio:new_event_loop" if hasattr(fdpass.aio, "new_event_loop") else "asyncio"
+
+
 def serve(listener: fdpass.Listener) -> None:
     """Runs in each worker."""
     os.environ["WORKER_INDEX"] = str(listener.index)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    server.run(sockets=[listener.socket])
+    Server(uvicorn.Config(app, log_level="warning", lifespan="off", loop=LOOP), listener).run()
 
 
 if __name__ == "__main__":
-    address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:8000"
-    workers = int(sys.argv[2]) if len(sys.argv) > 2 else 4
-    with fdpass.WorkerGroup(serve, address, workers=workers, restart="on-failure") as group:
+    address, workers, strategy, order, *_ = [*sys.argv[1:], *("127.0.0.1:8000", "4", "shared", None)[len(sys.argv) - 1 :]]
+    group = fdpass.WorkerGroup(serve, address, workers=int(workers), strategy=strategy, order=order, restart="on-failure")
+    with group:
         print(f"serving on http://{group.endpoint}, Ctrl-C ends it", flush=True)
         try:
             group.wait()

@@ -1,6 +1,7 @@
 """The load board: one mapped page that a group's workers write and their supervisor reads. A line has one writer, so no lock.
 
-A cache line of 64 bytes for each worker, of 8-byte words; aligned, so that a store is seen whole or not at all.
+A line is a cache line of 64 bytes, of 8-byte words; aligned, so that a store is seen whole or not at all. A group of k workers has 2k + 1:
+index i uses i and i + k, for its predecessor may still serve while its successor starts; the last line is the group's own.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ LINE = WORDS * 8
 #: Words of a line. LOAD: what the server says its load is, plus one; 0 while it says nothing, and OPEN is its load. WAITING: 1 while the
 #: worker is in the queue and waits. ASKED: connections that it has asked a dispatcher for, in this generation.
 OPEN, ACCEPTED, HEARTBEAT, GENERATION, LOAD, WAITING, ASKED = range(7)
+#: The one word of the group's own line: 1 while the dispatcher sleeps because nobody asks.
+HUNGRY = 0
 
 
 class Board:
-    """The page, mapped. One line per worker; Board.create makes one, Board(owned) maps one that arrived (consumes owned)."""
+    """The page, mapped. Board.create makes one, Board(owned) maps one that arrived (consumes owned)."""
 
     def __init__(self, owned: OwnedFd) -> None:
         self.fd = owned
@@ -29,14 +32,14 @@ class Board:
             owned.close()
             raise
         words = memoryview(page).cast("q")
-        #: One line per worker, 8 words each.
+        #: 8 words each, as many as the page has room for.
         self.lines = [words[start : start + WORDS] for start in range(0, len(words), WORDS)]
         words.release()
 
     @classmethod
-    def create(cls, workers: int) -> Board:
-        """A new page, all zero. Raises OSError."""
-        size = -(-workers * LINE // mmap.PAGESIZE) * mmap.PAGESIZE
+    def create(cls, lines: int) -> Board:
+        """A new page with room for so many lines, all zero. Raises OSError."""
+        size = -(-lines * LINE // mmap.PAGESIZE) * mmap.PAGESIZE
         owned = anonymous_file("fdpass-board")
         try:
             os.ftruncate(owned.fileno(), size)

@@ -401,6 +401,96 @@ def store_stop() -> None:
     lib.fdp_store_stop()
 
 
+#: Connections that a worker may have unreceived, at most.
+CREDITS: int = lib.FDP_CREDITS
+#: Places of words in a line of the board, as C knows them: see fdpass/_board.py. HUNGRY is in the group's own line.
+BOARD_WORDS = {name: getattr(lib, f"FDP_{name}") for name in ("WORDS", "OPEN", "ACCEPTED", "LOAD", "ASKED", "HUNGRY")}
+
+
+class Dispatcher:
+    """The thread that accepts for a group's workers: see fdp_dispatch_start. Ended by stop(), after which every call does nothing."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, listener: int, board: int, lines: int, least_loaded: bool, credits: int) -> None:
+        place = ffi.new("fdp_dispatcher **")
+        order = lib.FDP_LEAST_LOADED if least_loaded else lib.FDP_ROUND_ROBIN
+        code = lib.fdp_dispatch_start(listener, board, lines, order, credits, place)
+        if code < 0:
+            fail(code, "starting the thread that dispatches connections")
+        self._handle: Any = place[0]
+
+    def attach(self, line: int) -> int:
+        """The end of a socket pair for the worker of a line, the caller's to send and close. Raises OSError."""
+        end: int = lib.fdp_dispatch_attach(self._handle, line) if self._handle is not None else -errno.ENOTCONN
+        if end < 0:
+            fail(end, f"making ready to dispatch to line {line}")
+        return end
+
+    def launched(self, line: int, pidfd: int) -> None:
+        """That worker has started; pidfd is borrowed, -1: none. Raises OSError."""
+        if self._handle is not None and (code := lib.fdp_dispatch_launched(self._handle, line, pidfd)) < 0:
+            fail(code, f"watching the worker of line {line}")
+
+    def retire(self, line: int) -> None:
+        """It gets nothing more; what it has not received goes to others."""
+        if self._handle is not None:
+            lib.fdp_dispatch_retire(self._handle, line)
+
+    def ended(self, line: int) -> None:
+        """Its process is gone; the line is free."""
+        if self._handle is not None:
+            lib.fdp_dispatch_ended(self._handle, line)
+
+    def count(self) -> dict[str, int]:
+        """The fdp_dispatch_stats of now, all zero once stopped."""
+        stats = ffi.new("fdp_dispatch_stats *")
+        if self._handle is not None:
+            lib.fdp_dispatch_count(self._handle, stats)
+        return {name: int(getattr(stats, name)) for name, _ in ffi.typeof("fdp_dispatch_stats").fields}
+
+    def stop(self) -> None:
+        """Ends the thread and closes what it holds; in a forked child only forgets it. Again does nothing."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            lib.fdp_dispatch_stop(handle)
+
+
+class Asking:
+    """A worker's side of a dispatcher. sock: its end of the pair, borrowed; line, group: its own line of the board, and the group's."""
+
+    __slots__ = ("_asked", "_hungry", "_sock", "_spare")
+
+    def __init__(self, sock: int, line: memoryview, group: memoryview) -> None:
+        words = BOARD_WORDS
+        self._sock = sock
+        # They keep the page mapped.
+        self._asked = ffi.from_buffer("long long[]", line[words["ASKED"] : words["ASKED"] + 1], require_writable=True)
+        self._hungry = ffi.from_buffer("long long[]", group[words["HUNGRY"] : words["HUNGRY"] + 1])
+        self._spare = ffi.new("int *", -1)
+
+    def ask(self, count: int, wake: bool = False) -> None:
+        """Asks for that many connections in all; wake: tells the dispatcher at once, as befits a count that went down."""
+        lib.fdp_ask(self._sock, self._asked, self._hungry, count, wake)
+
+    def take(self) -> int:
+        """The next connection, the caller's, or -errno: see fdp_take."""
+        number: int = lib.fdp_take(self._sock, self._spare)
+        return number
+
+    def reserve(self) -> bool:
+        """Whether a number is held free for the next connection, after trying."""
+        if self._spare[0] < 0 and (copy := lib.fdp_dup(self._sock)) >= 0:
+            self._spare[0] = copy
+        return bool(self._spare[0] >= 0)
+
+    def close(self) -> None:
+        """Gives that number up; nothing is received afterwards."""
+        spare, self._spare[0] = self._spare[0], -1
+        if spare >= 0:
+            os.close(spare)
+
+
 def forced() -> frozenset[str]:
     """Fallbacks that FDPASS_FORCE asks for, so that tests cover them on a system that has the real thing."""
     return frozenset(filter(None, os.environ.get("FDPASS_FORCE", "").split(",")))

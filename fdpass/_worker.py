@@ -39,8 +39,10 @@ def run(channel: Channel, cargo: Cargo) -> None:
     if pidfd is not None:
         pidfd.close()
     reports = board is None
-    page = Board.create(share["index"] + 1) if board is None else Board(board)
-    listener = strategies.open_share(share, page.lines[share["index"]], channel, reports)
+    count = share["lines"]
+    page = Board.create(count + 1) if board is None else Board(board)
+    share["common"] = page.lines[count]
+    listener = strategies.open_share(share, page.lines[share["line"]], page.lines[:count], channel, reports)
     os.register_at_fork(after_in_child=lambda: _in_forked_child(listener))
     signal.signal(signal.SIGTERM, _Terminate(listener))
     try:
@@ -58,19 +60,31 @@ def run(channel: Channel, cargo: Cargo) -> None:
 
 
 class _Terminate:
-    """SIGTERM in a worker: one that accepts through its listener drains; any other, and a second SIGTERM, ends as SIGTERM does."""
+    """SIGTERM in a worker: one that accepts through its listener drains; any other, and a second SIGTERM, ends as SIGTERM does.
+
+    The supervisor's own, which comes after its order to drain, is no second one: somebody may have signalled every process of the
+    group at once, and what was accepted must not be cut for it.
+    """
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
-        self._seen = False
+        self._first, self._supervisors = True, True
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        again, self._seen = self._seen, True
-        if self._listener._accepting and not again:
+        if self._listener._accepting and self._may_wait():
             self._listener.drain()
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _may_wait(self) -> bool:
+        if self._first:
+            self._first = False
+            return True
+        if self._supervisors and self._listener._has_orders():
+            self._supervisors = False
+            return True
+        return False
 
 
 def _in_forked_child(listener: Listener) -> None:

@@ -149,6 +149,21 @@ def join(family: int, address: Any) -> socket.socket:
     return sock
 
 
+def queued(holder: Endpoint | Socket) -> tuple[int, int] | None:
+    """Connections that wait in a listening TCP socket, and how many may; None where nobody tells: another kind, closed, no Linux."""
+    sock = holder._sock if isinstance(holder, Endpoint) else holder
+    if sys.platform != "linux" or sock is None or sock.fileno() < 0 or sock.family == socket.AF_UNIX:
+        return None
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    except OSError:  # a signal handler closed it a moment ago
+        return None
+    # Of a listener the kernel gives its queue in tcpi_unacked and its limit in tcpi_sacked (tcp_diag does the same); state 10 is LISTEN.
+    if info[0] != 10:
+        return None
+    return int.from_bytes(info[24:28], sys.byteorder), int.from_bytes(info[28:32], sys.byteorder)
+
+
 def _tcp(host: str, port: int, reuse_port: bool, text: str) -> Endpoint:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

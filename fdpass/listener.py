@@ -14,7 +14,7 @@ from fdpass._board import ACCEPTED, HEARTBEAT, OPEN
 from fdpass.errors import ClosedError, EndOfChannel, FdPassError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fdpass.channel import Channel
 
@@ -46,13 +46,16 @@ class ListenSocket(Socket):
 class AcceptedSocket(Socket):
     """A connection that tells the board when it is closed or detached."""
 
-    __slots__ = ("_listener",)
+    __slots__ = ("_after", "_listener")
     _listener: Listener | None
+    _after: Callable[[], object] | None  # called once, when it is counted no more
 
     def _leave(self) -> None:
         listener, self._listener = getattr(self, "_listener", None), None
         if listener is not None:
             listener._count(OPEN, -1)
+            if self._after is not None:
+                self._after()
 
     def close(self) -> None:
         """Closes the connection; files made of it keep it open, as with any socket."""
@@ -85,13 +88,17 @@ class Listener:
         exclusive: bool = False,
         rotate: bool = False,
         report: bool = False,
+        lines: Any = (),
     ) -> None:
         self._sock, self._line, self._channel = sock, line, channel
         self._index, self._strategy = index, strategy
         self._exclusive, self._rotate, self._report = exclusive, rotate, report
         # Re-entrant: SIGTERM's handler drains, and may come while this very thread holds it.
         self._lock = threading.RLock()
-        self._told = self._drained = self._queued = self._accepting = False
+        self._drained = self._queued = self._accepting = False
+        self._said: set[str] = set()
+        self._ordered = False
+        self._on_draining: list[Callable[[], object]] = []
         self._looked: set[int] = set()
         self._reported = 0.0
         self._spare = -1
@@ -124,10 +131,7 @@ class Listener:
 
     def ready(self) -> None:
         """Tells the group that this worker serves; the first accept(), iteration or .socket says so too. Again does nothing."""
-        with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            self._tell(("ready",))
+        self._say("ready")
 
     def accept(self, timeout: float | None = None) -> tuple[Socket, Any]:
         """The next connection as (socket, address); the socket blocks, or follows socket.setdefaulttimeout().
@@ -171,10 +175,35 @@ class Listener:
             self._leave()
             # Never read: it wakes every thread that waits or ever will.
             os.write(self._wake_write, b"d")
+            for callback in self._on_draining:
+                callback()
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> tuple[Socket, Any] | None:
+    def _on_drain(self, callback: Callable[[], object]) -> None:
+        """callback() is called once, in whatever thread drains; at once when it has drained."""
+        with self._lock:
+            drained = self._drained
+            if not drained:
+                self._on_draining.append(callback)
+        if drained:
+            callback()
+
+    def _follow(self, loop: Any) -> None:
+        """Lets an event loop obey what the supervisor orders, and tells the supervisor that it does."""
+        if self._channel is None:
+            return
+        fd = self._channel.fileno()
+
+        def obey() -> None:
+            self._obey()
+            if self._drained:
+                loop.remove_reader(fd)  # there is no other order, and the end of the channel would be read for ever
+
+        loop.add_reader(fd, obey)
+        self._say("follows")
+
+    def _accept(self) -> tuple[AcceptedSocket, Any] | None:
         try:
             plain, address = self._sock.accept()
         except BlockingIOError:
@@ -196,11 +225,7 @@ class Listener:
                 plain, address = self._sock.accept()
             except OSError:
                 return None
-        conn = AcceptedSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
-        conn._listener = self
-        self._count(OPEN, 1)
-        self._count(ACCEPTED, 1)
-        self._line[HEARTBEAT] = monotonic_ns()
+        accepted = self._admit(plain, address)
         if self._rotate and self._queued:
             # To the end of the queue: an exclusive wake-up goes to whoever registered first, every time.
             self._leave()
@@ -208,6 +233,15 @@ class Listener:
         if self._report and monotonic() - self._reported > 0.25:
             self._reported = monotonic()
             self._tell(("counts", self._line[ACCEPTED], self._line[OPEN]))
+        return accepted
+
+    def _admit(self, plain: Socket, address: Any) -> tuple[AcceptedSocket, Any]:
+        """Takes over a connection and counts it."""
+        conn = AcceptedSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
+        conn._listener, conn._after = self, None
+        self._count(OPEN, 1)
+        self._count(ACCEPTED, 1)
+        self._line[HEARTBEAT] = monotonic_ns()
         return conn, address
 
     def _join(self) -> bool:
@@ -249,6 +283,18 @@ class Listener:
         with self._lock:
             self._line[word] += step
 
+    def _left(self) -> None:
+        """Tells the supervisor, once, that the drained listener is out of the queue."""
+        self._say("drained")
+
+    def _say(self, word: str) -> None:
+        """Tells the supervisor that word, once. Not from a signal handler: the thread below it may hold the channel."""
+        with self._lock:
+            first = word not in self._said
+            self._said.add(word)
+        if first:
+            self._tell((word,))
+
     def _tell(self, message: tuple[Any, ...]) -> None:
         if self._channel is not None:
             try:
@@ -266,7 +312,12 @@ class Listener:
             order = ("drain",)  # the supervisor is gone
             self._events.unregister(self._channel.fileno())
         if order[0] == "drain":
+            self._ordered = True
             self.drain()
+
+    def _has_orders(self) -> bool:
+        """Whether the supervisor told it to drain, or is gone; what was not read yet counts too."""
+        return self._ordered or (self._channel is not None and self._channel.poll())
 
     def _close(self) -> None:
         """At the worker's end: the last counts, then the listening socket. What threads may still wait on goes with the process."""

@@ -1,4 +1,4 @@
-"""WorkerGroup: start, watch, restart, drain and stop the workers of one port. How they share it is the strategy's affair.
+"""WorkerGroup: start, watch, restart, roll and stop the workers of one port. How they share it is the strategy's affair.
 
 One thread of the supervisor does all the watching; every change of a group's state happens in it, under one lock.
 """
@@ -21,19 +21,18 @@ from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from fdpass import strategies
-from fdpass._board import ACCEPTED, GENERATION, HEARTBEAT, OPEN, WORDS, Board
-from fdpass._launch import Cargo, SignalsHeld, exit_status, pidfd_of
-from fdpass._worker import run
+from fdpass._board import ACCEPTED, HEARTBEAT, OPEN, WORDS, Board
+from fdpass._launch import SignalsHeld
+from fdpass._process import WorkerProcess
+from fdpass._succession import Roll, Slot
 from fdpass.ancillary import why_no_passing
-from fdpass.channel import Channel, Pipe
 from fdpass.endpoint import Endpoint, listen
-from fdpass.errors import ClosedError, FdPassError, WorkerDied
+from fdpass.errors import ClosedError, WorkerDied
 from fdpass.fds import OwnedFd
 from fdpass.start import METHODS, OWN_THREADS, get_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from multiprocessing.process import BaseProcess
     from types import TracebackType
     from typing import Self
 
@@ -49,9 +48,12 @@ NEVER_READY_LIMIT, BACKOFF, BACKOFF_MAX = 5, 0.1, 5.0
 class WorkerStats:
     """One worker as the supervisor sees it.
 
-    index, name, pid: who. state: starting, ready, stopping or ended. exitcode: of the last process that ended, else None.
-    accepted: connections since the group started, over all generations. open: connections that it holds now. restarts: successors so far.
+    index, name, pid: who. state: starting, ready, stopping or ended. exitcode: of the last process that served there and ended, else None.
+    accepted: connections since the group started, over all generations. open: connections held now; of a worker that drains while its
+    successor serves, too. restarts: successors of processes that had ended by themselves; a roll does not count.
     heartbeat: seconds since it last accepted or went to wait, None before the first time.
+    queue, queue_limit: connections that wait in the socket it accepts from, now, and how many may; with one socket for all, each shows
+    the same. None where nobody tells: Unix sockets, reuseport-bare, systems other than Linux, and once the group has ended.
     """
 
     index: int
@@ -63,36 +65,8 @@ class WorkerStats:
     open: int
     restarts: int
     heartbeat: float | None
-
-
-class _Worker:
-    """One index of the group: its present process, its end of the control channel, and what happened before."""
-
-    def __init__(self, index: int, name: str) -> None:
-        self.index, self.name = index, name
-        self.state = "ended"
-        self.process: BaseProcess | None = None
-        self.channel: Channel | None = None
-        self.pidfd: OwnedFd | None = None
-        self.pid = 0
-        self.exitcode: int | None = None
-        self.restarts = 0
-        self.unready = 0  # successors in a row that were never ready
-        self.was_ready = False
-        self.muted = False  # it said something that could not be understood
-        self.deadline: float | None = None  # by when it must be ready
-        self.due: float | None = None  # when its successor starts
-
-    @property
-    def alive(self) -> bool:
-        return self.process is not None
-
-    def close(self) -> None:
-        """Closes what the supervisor holds of it; the process is not touched."""
-        for item in (self.channel, self.pidfd):
-            if item is not None:
-                item.close()
-        self.channel = self.pidfd = None
+    queue: int | None = None
+    queue_limit: int | None = None
 
 
 class WorkerGroup:
@@ -101,8 +75,10 @@ class WorkerGroup:
     target:       called in each worker as target(listener, *args); importable, as multiprocessing wants it under spawn.
     address:      text for listen(), or the Endpoint it returned, which the group takes over.
     workers:      how many, at least 1.
-    strategy:     "shared" (order= "rotate", the default, or "first"), "reuseport", "reuseport-bare", or "auto": shared where
-                  descriptors can be passed, else reuseport-bare with a RuntimeWarning that says why.
+    strategy:     "shared" (order= "rotate", the default, "first" or "least-loaded"), "reuseport", "reuseport-bare", "dispatch" (order=
+                  "round-robin", the default, or "least-loaded"), or "auto": shared where descriptors can be passed, else
+                  reuseport-bare with a RuntimeWarning that says why.
+    credits:      under dispatch, connections that a worker may have been given and not received yet: 1 (the default) to 128.
     restart:      "never": a worker that fails makes wait() raise; "on-failure": a successor takes its index and its listener.
     args, args_for: arguments for every worker, or args_for(index) -> tuple for each its own.
     start_method: fork, spawn, forkserver, or None for get_context()'s choice.
@@ -126,6 +102,7 @@ class WorkerGroup:
         start_method: str | None = "spawn",
         *,
         order: str | None = None,
+        credits: int | None = None,
         backlog: int = 4096,
         start_timeout: float = 60.0,
         stop_timeout: float = 10.0,
@@ -156,11 +133,11 @@ class WorkerGroup:
             raise ValueError(f"start_timeout and stop_timeout are 0 or more seconds, not {start_timeout} and {stop_timeout}")
         if not isinstance(address, (str, Endpoint)):
             raise TypeError(f"address is text or an Endpoint of listen(), not {type(address).__name__}")
-        self._strategy = strategies.choose(strategy, order)
+        self._strategy = strategies.choose(strategy, order, credits)
         self._target, self._args, self._args_for, self._name = target, args, args_for, name
         self._restart, self._start_method = restart, start_method
         self._start_timeout, self._stop_timeout = start_timeout, stop_timeout
-        self._workers = [_Worker(index, f"{name}-{index}") for index in range(workers)]
+        self._slots = [Slot(index, f"{name}-{index}", workers) for index in range(workers)]
         self._pid = os.getpid()
         # The lock itself goes into with statements: Condition.__enter__ is Python, and a signal handler that raised in it would
         # leave the lock held for ever. Re-entrant, because a handler may call stop() or stats() while its thread holds it.
@@ -174,8 +151,9 @@ class WorkerGroup:
         self._finished = False  # the supervising thread has done its last
         self._trouble: BaseException | None = None  # what ended the start, or the thread, that was no worker's death
         self._ready_by = 0.0
+        self._roll: Roll | None = None
         self._board: Board | None = None
-        self._lines: list[Any] = [[0] * WORDS] * workers  # of the board while it is open, else what it said last
+        self._lines: list[Any] = [[0] * WORDS] * (2 * workers)  # of the board while it is open, else what it said last
         self._self_pidfd: OwnedFd | None = None
         self._wake: tuple[OwnedFd, OwnedFd] | None = None
         self._over: tuple[OwnedFd, OwnedFd] | None = None
@@ -224,8 +202,8 @@ class WorkerGroup:
                 self._open()
                 self._strategy.listen()
                 _live.add(self)
-                for worker in self._workers:
-                    worker.due = monotonic()
+                for slot in self._slots:
+                    slot.due = monotonic()
                 if method == "fork":
                     # Before the supervising thread exists: CPython warns of a fork beside another thread.
                     self._launch_due()
@@ -235,7 +213,7 @@ class WorkerGroup:
                 while self._state == "starting" and not self._settled():
                     left = self._ready_by - monotonic()
                     if left <= 0:
-                        late = [worker.name for worker in self._workers if worker.state != "ready"]
+                        late = [slot.name for slot in self._slots if slot.state != "ready"]
                         raise TimeoutError(f"{', '.join(late)} not ready {self._start_timeout} s after the start")
                     self._changed.wait(left)
                 if self._trouble is not None:
@@ -254,7 +232,7 @@ class WorkerGroup:
         """Whether start() has nothing more to wait for."""
         if self._trouble is not None or self._failure is not None or self._stop_by is not None:
             return True
-        return all(worker.due is None and worker.state != "starting" for worker in self._workers)
+        return all(slot.due is None and slot.state != "starting" for slot in self._slots)
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when every worker has ended by itself with exit status 0, or the group was stopped.
@@ -274,6 +252,42 @@ class WorkerGroup:
                 raise self._failure
             if self._trouble is not None:
                 raise self._trouble
+
+    def roll(self, timeout: float | None = None) -> None:
+        """Replaces every worker by a new process, one after the other: each successor is ready before its predecessor drains.
+
+        The predecessor finishes what it accepted and is killed after stop_timeout seconds. A successor that is not ready after timeout
+        seconds (None: start_timeout), or ends before, is killed; its predecessor serves on, and the roll ends there: TimeoutError,
+        WorkerDied, or whatever starting it raised (pickling, args_for). Raises ClosedError when the group stops meanwhile or is stopped,
+        WorkerDied when it fails or has failed, RuntimeError before start() has returned and while another roll is under way.
+
+        From any thread, and from a signal handler. Interrupted by an exception, the roll stops after the worker that drains; a
+        successor that is not ready is killed.
+        """
+        if timeout is not None and timeout < 0:
+            raise ValueError(f"timeout is 0 or more seconds, not {timeout}")
+        roll: Roll | None = None
+        try:
+            with self._lock:
+                self._demand_running()
+                if threading.current_thread() is self._thread:
+                    raise RuntimeError(
+                        "roll() was called by what the group itself had called, for the start of a worker: it would wait for itself"
+                    )
+                if self._roll is not None:
+                    raise RuntimeError("another roll of this group is under way")
+                limit = self._start_timeout if timeout is None else timeout
+                roll = self._roll = Roll(self._slots, limit, self._launch, self._send_off)
+                self._poke()
+                while not roll.over:
+                    self._changed.wait()
+        except BaseException:
+            if roll is not None:
+                roll.abandoned = True
+                self._poke()
+            raise
+        if roll.error is not None:
+            raise roll.error
 
     def stop(self, timeout: float | None = None) -> None:
         """Drains, sends SIGTERM, and SIGKILL to whatever still runs after timeout seconds (None: stop_timeout); returns when all ended.
@@ -304,12 +318,13 @@ class WorkerGroup:
         """One line per worker, read from the board without asking the workers."""
         with self._lock:
             found = []
-            lines = self._lines
-            for worker in self._workers:
-                line = lines[worker.index]
-                age = (monotonic_ns() - line[HEARTBEAT]) / 1e9 if line[HEARTBEAT] else None
-                who = (worker.index, worker.name, worker.pid, worker.state, worker.exitcode)
-                found.append(WorkerStats(*who, line[ACCEPTED], line[OPEN], worker.restarts, age))
+            for slot in self._slots:
+                lines = [self._lines[number] for number in slot.lines]
+                beat = self._lines[slot.number][HEARTBEAT]
+                age = (monotonic_ns() - beat) / 1e9 if beat else None
+                who = (slot.index, slot.name, slot.pid, slot.state, slot.exitcode)
+                counts = sum(line[ACCEPTED] for line in lines), sum(line[OPEN] for line in lines), slot.restarts
+                found.append(WorkerStats(*who, *counts, age, *(self._strategy.queue(slot.index) or (None, None))))
             return found
 
     def fileno(self) -> int:
@@ -325,12 +340,13 @@ class WorkerGroup:
         self.stop()
 
     def __repr__(self) -> str:
-        return f"<WorkerGroup {self._name} x{len(self._workers)} {self._strategy.name} on {self._endpoint}, {self._state}>"
+        return f"<WorkerGroup {self._name} x{len(self._slots)} {self._strategy.name} on {self._endpoint}, {self._state}>"
 
     # -- start -----------------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._board = Board.create(len(self._workers))
+        count = 2 * len(self._slots)
+        self._board = Board.create(count + 1)
         self._lines = self._board.lines
         if hasattr(os, "pidfd_open"):
             self._self_pidfd = OwnedFd(os.pidfd_open(os.getpid()))
@@ -338,39 +354,30 @@ class WorkerGroup:
         self._over = _pipe()
         # The fallback strategy must start where no descriptor can be passed: its workers then count for themselves and report.
         self._passing = self._strategy.passes or why_no_passing() is None
+        self._strategy.begin(self._board.fd.fileno(), count)
 
-    def _launch(self, worker: _Worker, ready_by: float) -> None:
-        """Starts the process of one index. On failure nothing of it is left."""
+    def _launch(self, slot: Slot, ready_by: float) -> WorkerProcess:
+        """Starts a successor at one index; where nobody serves it takes the place at once. On failure nothing of it is left."""
         assert self._board is not None
-        ours, theirs = Pipe()
+        args = tuple(self._args_for(slot.index)) if self._args_for is not None else self._args
+        number = slot.next_line()
+        process = WorkerProcess(slot.index, slot.name, number, self._lines[number], slot.generation, ready_by)
+        slot.successor = process
         try:
-            with theirs:
-                share = self._strategy.share(worker.index)
-                line = self._lines[worker.index]
-                line[OPEN], line[HEARTBEAT] = 0, 0
-                line[GENERATION] += 1
-                if self._passing:
-                    share.update(board=self._board.fd, pidfd=self._self_pidfd)
-                share.update(supervisor=self._pid)
-                # It waits in the socket pair until the worker reads it, so a slow start keeps nobody waiting here.
-                ours.send(share)
-                args = tuple(self._args_for(worker.index)) if self._args_for is not None else self._args
-                cargo = Cargo((self._target, args))
-                process = self._context.Process(target=run, args=(theirs, cargo), name=worker.name, daemon=False)
-                # Known before the start, so that a forked child closes our end along with the group's other descriptors.
-                worker.channel, worker.muted = ours, False
-                try:
-                    process.start()
-                    worker.process, worker.pid = process, process.pid or 0
-                    worker.state, worker.was_ready, worker.deadline, worker.due = "starting", False, ready_by, None
-                finally:
-                    cargo.close()
-            worker.pidfd = pidfd_of(worker.pid)
+            share = self._strategy.share(slot.index, number)
+            if self._passing:
+                share.update(board=self._board.fd, pidfd=self._self_pidfd)
+            share.update(line=number, lines=2 * len(self._slots), supervisor=self._pid)
+            process.start(self._context, share, (self._target, args))
         except BaseException:
-            if worker.process is None:
-                ours.close()
-                worker.channel = None
+            if not process.alive:
+                slot.successor = None
+                self._strategy.ended(number)
             raise
+        self._strategy.launched(number, process.pidfd)
+        if slot.present is None:
+            slot.follow()
+        return process
 
     # -- the supervising thread ------------------------------------------------------------------------------------------------
 
@@ -389,176 +396,174 @@ class WorkerGroup:
                 self._strategy.close()
                 self._endpoint.close()
                 self._finished = True
+                self._drop_roll()
                 if self._state != "stopped":
                     self._state = "ended"
                 self._signal_over()
                 self._changed.notify_all()
 
     def _turn(self) -> bool:
-        """Starts what is due, then waits for the next event and deals with it; False when nothing is left to do."""
+        """Does what is due, then waits for the next event and deals with it; False when nothing is left to do."""
         assert self._wake is not None
         poll = select.poll()
         poll.register(self._wake[0].fileno(), select.POLLIN)
-        places: dict[int, tuple[_Worker, str]] = {}
+        places: dict[int, tuple[Slot, WorkerProcess, str]] = {}
         with self._lock:
             if self._stop_by is not None:
                 self._bring_down()
             else:
                 self._launch_due()
+                self._advance_roll()
+            times = self._press()
             self._changed.notify_all()
-            if not any(worker.alive or worker.due is not None for worker in self._workers):
+            if not any(slot.processes or slot.due is not None for slot in self._slots):
                 return False
-            for worker in self._workers:
-                if worker.process is not None:
-                    ends = worker.pidfd.fileno() if worker.pidfd is not None else worker.process.sentinel
-                    places[ends] = worker, "ended"
-                if worker.channel is not None and not worker.muted:
-                    places[worker.channel.fileno()] = worker, "spoke"
-            times = [worker.due for worker in self._workers if worker.due is not None]
-            if self._state == "running":
-                times += [worker.deadline for worker in self._workers if worker.alive and worker.deadline is not None]
-            if self._stop_by is not None:
-                times.append(self._stop_by)
+            for slot, process in self._living():
+                places[process.fileno()] = slot, process, "ended"
+                if process.channel is not None and not process.muted:
+                    places[process.channel.fileno()] = slot, process, "spoke"
+                if self._state == "running":
+                    times.append(process.deadline)
+            times += [slot.due for slot in self._slots]
+            times += [self._roll.look_at if self._roll is not None else None]
         for fd in places:
             poll.register(fd, select.POLLIN)
-        left = max(0.0, min(times) - monotonic()) if times else None
-        events = poll.poll(None if left is None else left * 1000 + 1)
+        at = min((time for time in times if time is not None), default=None)
+        events = poll.poll(None if at is None else max(0.0, at - monotonic()) * 1000 + 1)
         with self._lock:
             # What a worker said comes before how it ended: a ready worker that dies at once was ready.
-            for fd, _ in sorted(events, key=lambda event: places.get(event[0], (None, "woken"))[1] != "spoke"):
+            for fd, _ in sorted(events, key=lambda event: event[0] not in places or places[event[0]][2] != "spoke"):
                 if fd not in places:
                     os.read(fd, 4096)
-                elif places[fd][1] == "spoke":
-                    self._hear(places[fd][0])
+                    continue
+                slot, process, what = places[fd]
+                if what == "spoke":
+                    process.hear()
                 else:
-                    self._bury(places[fd][0])
+                    self._bury(slot, process)
         return True
 
-    def _hear(self, worker: _Worker) -> None:
-        """Reads what a worker says. One that says nonsense is not listened to any more; its end is seen by the pidfd.
+    def _living(self) -> list[tuple[Slot, WorkerProcess]]:
+        return [(slot, process) for slot in self._slots for process in slot.processes]
 
-        Its channel stays open: the worker takes the end of it for the end of its supervisor.
-        """
-        if worker.channel is None or worker.muted:
+    def _bury(self, slot: Slot, process: WorkerProcess) -> None:
+        """A process ended: its true exit status, and what follows from it."""
+        process.bury()
+        self._strategy.ended(process.number)
+        if process is slot.successor:
+            slot.successor = None  # the roll that started it sees it
             return
-        try:
-            # A bounded number at a time: a worker that floods must not keep the others from being heard.
-            for _ in range(16):
-                if not worker.channel.poll():
-                    return
-                what, *values = worker.channel.recv(timeout=1.0)
-                if what == "ready" and worker.state == "starting":
-                    worker.state, worker.was_ready, worker.deadline, worker.unready = "ready", True, None, 0
-                elif what == "counts" and not self._passing:
-                    self._lines[worker.index][ACCEPTED], self._lines[worker.index][OPEN] = values
-        except Exception:  # anything at all can come out of loading what a worker sent
-            worker.muted = True
-
-    def _bury(self, worker: _Worker) -> None:
-        """A worker's process ended: its true exit status, and what follows from it."""
-        process = worker.process
-        assert process is not None
-        self._hear(worker)
-        code = worker.exitcode = exit_status(process)
-        pid, told = worker.pid, worker.state == "stopping"
-        worker.process, worker.state, worker.deadline = None, "ended", None
-        worker.close()
-        self._lines[worker.index][OPEN] = 0
-        if told or self._stop_by is not None:
+        slot.exitcode = code = process.exitcode
+        if process is slot.leaving:
+            slot.leaving = None
             return
-        detail = "" if worker.was_ready else "it was never ready"
+        slot.present = None
+        if process.told or self._stop_by is not None:
+            return
+        detail = "" if process.was_ready else "it was never ready"
         failed = code != 0
-        died = WorkerDied(worker.name, pid, code, detail)
-        if self._state == "starting" and not worker.was_ready:
+        died = WorkerDied(process.name, process.pid, code, detail)
+        if self._state == "starting" and not process.was_ready:
             # Exit status 0 too: a worker that ends before it is ready does not serve.
             self._fail(died)
         elif failed or self._strategy.held:
             if not failed:
-                died = WorkerDied(worker.name, pid, code, "its share of the connections would wait for ever")
+                died = WorkerDied(process.name, process.pid, code, "its share of the connections would wait for ever")
             if self._restart == "never":
                 self._fail(died)
             else:
-                self._succeed(worker, died)
+                self._succeed(slot, died, process.was_ready)
+        elif slot.successor is not None:
+            slot.follow()
 
-    def _succeed(self, worker: _Worker, died: WorkerDied) -> None:
+    def _succeed(self, slot: Slot, died: WorkerDied, was_ready: bool) -> None:
         """Plans the successor of a worker, or gives the group up when successors do not help."""
         now = monotonic()
+        if slot.successor is not None:  # a roll has started one
+            slot.restarts += 1
+            slot.follow()
+            return
         enough = ""
-        if not worker.was_ready:
-            worker.unready += 1
-            if worker.unready > NEVER_READY_LIMIT:
-                enough = f"{worker.unready} in a row were never ready"
+        slot.unready = 0 if was_ready else slot.unready + 1
+        if slot.unready > NEVER_READY_LIMIT:
+            enough = f"{slot.unready} in a row were never ready"
         if len(self._started_at) == self._restart_limit and now - self._started_at[0] < RESTART_WINDOW:
             enough = f"{self._restart_limit} successors were started within {RESTART_WINDOW:g} s"
         if enough:
             detail = f"{died.detail}; {enough}" if died.detail else enough
             self._fail(WorkerDied(died.name, died.pid, died.exitcode, f"{detail}; no more successors"))
             return
-        worker.due = now if worker.was_ready else now + min(BACKOFF * 2 ** (worker.unready - 1), BACKOFF_MAX)
+        slot.due = now if was_ready else now + min(BACKOFF * 2 ** (slot.unready - 1), BACKOFF_MAX)
 
     def _launch_due(self) -> None:
         """Starts every worker whose time has come; at the group's start, all."""
-        for worker in self._workers:
+        for slot in self._slots:
             now = monotonic()
-            if worker.alive and worker.deadline is not None and self._state == "running" and now >= worker.deadline:
+            present = slot.present
+            if present is not None and present.deadline is not None and self._state == "running" and now >= present.deadline:
                 # A successor that hangs in its start: it counts as one that was never ready.
-                worker.deadline = None
-                self._kill(worker, signal.SIGKILL)
-            if worker.due is None or now < worker.due or self._stop_by is not None:
+                present.deadline = None
+                present.signal(signal.SIGKILL)
+            if slot.due is None or now < slot.due or self._stop_by is not None:
                 continue
-            worker.due = None
-            if worker.pid == 0:
-                self._launch(worker, self._ready_by)  # what it raises ends the start
+            slot.due = None
+            if slot.generation == 0:
+                self._launch(slot, self._ready_by)  # what it raises ends the start
                 continue
-            worker.restarts += 1
+            slot.restarts += 1
             self._started_at.append(now)
             try:
-                self._launch(worker, now + self._start_timeout)
+                self._launch(slot, now + self._start_timeout)
             except Exception as error:
-                worker.was_ready = False
                 detail = f"its successor could not be started: {error}"
-                self._succeed(worker, WorkerDied(worker.name, worker.pid, worker.exitcode, detail))
+                self._succeed(slot, WorkerDied(slot.name, slot.pid, slot.exitcode, detail), False)
+
+    def _advance_roll(self) -> None:
+        if self._roll is not None:
+            if self._failure is not None:
+                self._roll.fail(self._failure)
+            self._roll.advance()
+            if self._roll.over:
+                self._roll = None
+
+    def _drop_roll(self) -> None:
+        if self._roll is not None:
+            self._roll.drop(self._failure or self._trouble or ClosedError("the group was stopped during the roll"))
+            self._roll = None
 
     def _fail(self, died: WorkerDied) -> None:
         if self._failure is None:
             self._failure = died
             self._signal_over()
-        for worker in self._workers:
-            worker.due = None
+        for slot in self._slots:
+            slot.due = None
         if self._strategy.held and self._stop_by is None:
             # A held socket without a worker is a black hole for its share of the connections: better refused than swallowed.
             self._stop_by = monotonic() + self._stop_timeout
 
     def _bring_down(self) -> None:
-        """Tells every worker to go, once; after the deadline ends those that have not."""
+        """Tells every worker to go, once, and by when."""
         assert self._stop_by is not None
-        late = monotonic() >= self._stop_by
-        for worker in self._workers:
-            worker.due = None
-            if not worker.alive:
-                continue
-            if worker.state != "stopping":
-                worker.state, worker.deadline = "stopping", None
-                if worker.channel is not None:
-                    try:
-                        worker.channel.send(("drain",), timeout=0.1)
-                    except (FdPassError, OSError):
-                        pass
-                self._kill(worker, signal.SIGTERM)
-            if late:
-                self._kill(worker, signal.SIGKILL)
-        if late:
-            # The rest is the kernel's: ask again when the pidfds say so, without spinning on a deadline that has passed.
-            self._stop_by = monotonic() + 1.0
-
-    def _kill(self, worker: _Worker, number: signal.Signals) -> None:
-        try:
-            if worker.pidfd is not None and hasattr(signal, "pidfd_send_signal"):
-                signal.pidfd_send_signal(worker.pidfd.fileno(), number)
+        self._drop_roll()
+        for slot in self._slots:
+            slot.due = None
+        for _, process in self._living():
+            if process.end_by is None:
+                self._dismiss(process, self._stop_by)
             else:
-                os.kill(worker.pid, number)
-        except OSError:
-            pass  # it has ended, or it is no longer ours to signal: either way its end is waited for
+                process.end_by = min(process.end_by, self._stop_by)
+
+    def _send_off(self, process: WorkerProcess) -> None:
+        """What a roll does with a predecessor."""
+        self._dismiss(process, monotonic() + self._stop_timeout)
+
+    def _dismiss(self, process: WorkerProcess, by: float) -> None:
+        self._strategy.retire(process.number)
+        process.dismiss(by)
+
+    def _press(self) -> list[float | None]:
+        """Signals those that were told to go, each when its time has come; returns when to look again."""
+        return [process.press() for _, process in self._living() if process.end_by is not None]
 
     def _poke(self) -> None:
         if self._wake is not None and self._wake[1].fileno() >= 0:
@@ -589,12 +594,12 @@ class WorkerGroup:
 
     def _kill_rest(self) -> None:
         """Where no supervising thread does it."""
-        for worker in self._workers:
-            worker.due = None
-            if worker.process is not None:
-                worker.state = "stopping"
-                self._kill(worker, signal.SIGKILL)
-                self._bury(worker)
+        for slot in self._slots:
+            slot.due = None
+        for slot, process in self._living():
+            process.state = "stopping"
+            process.signal(signal.SIGKILL)
+            self._bury(slot, process)
 
     def _close(self) -> None:
         with self._lock:
@@ -614,11 +619,22 @@ class WorkerGroup:
         if self._state == "new":
             raise RuntimeError("the group was not started: use it in a with block, or call start()")
 
+    def _demand_running(self) -> None:
+        self._demand_started()
+        if self._failure is not None:
+            raise self._failure
+        if self._trouble is not None:
+            raise self._trouble
+        if self._stop_by is not None or self._state in ("ended", "stopped"):
+            raise ClosedError(f"the group {self._name} was stopped, or all its workers have ended")
+        if self._state != "running":
+            raise RuntimeError(f"the group {self._name} is still starting")
+
     def _forget(self) -> None:
         """In a forked child: closes what is the supervisor's alone, so that no child keeps a port or a control channel alive."""
-        self._lines = [[0] * WORDS] * len(self._workers)
+        self._lines = [[0] * WORDS] * (2 * len(self._slots))
         self._release()
-        self._strategy.close()
+        self._strategy.forget()
         self._endpoint.close()
         # Another thread of the parent may have held the lock at the fork.
         self._lock = threading.RLock()
@@ -626,7 +642,9 @@ class WorkerGroup:
         self._state = "stopped"
 
     def _release(self) -> None:
-        for item in (*self._workers, self._board, self._self_pidfd, *(self._wake or ()), *(self._over or ())):
+        for _, process in self._living():
+            process.close()
+        for item in (self._board, self._self_pidfd, *(self._wake or ()), *(self._over or ())):
             if item is not None:
                 item.close()
 

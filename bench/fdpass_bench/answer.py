@@ -7,6 +7,7 @@ import errno
 import functools
 import queue
 import re
+import select
 import socket
 import threading
 import time
@@ -36,6 +37,30 @@ def speak_first(listener: Listener, service: float) -> None:
             if service > 0:
                 time.sleep(service)
             conn.sendall(LAST)
+
+
+def hold(listener: Listener) -> None:
+    """Greets each connection with the worker's index and keeps it until the client closes it, any number at a time."""
+    greeting = b"%d\n" % listener.index
+    held: dict[int, socket.socket] = {}
+    ends = select.epoll()
+
+    def close_those_that_end() -> None:
+        while True:
+            for fd, _ in ends.poll():
+                # Out of the set before its number may be another connection's.
+                ends.unregister(fd)
+                held.pop(fd).close()
+
+    threading.Thread(target=close_those_that_end, daemon=True).start()
+    for conn, _ in listener:
+        try:
+            conn.sendall(greeting)
+        except ConnectionError:
+            conn.close()
+            continue
+        held[conn.fileno()] = conn
+        ends.register(conn, select.EPOLLIN | select.EPOLLRDHUP)
 
 
 _SERVICE = re.compile(rb"\r\nfdpass-service:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNORECASE)
@@ -77,8 +102,8 @@ def timed(listener: Listener, work: str, keep_alive: bool) -> None:
             if request:
                 started = time.monotonic_ns()
                 # A deadline counted from the accept: what reading the request took does not prolong the service.
-                hold(accepted, _service(request))
-                conn.sendall(_answer(index, accepted, started, free, close=True))
+                hold(accepted, service_of(request))
+                conn.sendall(answer_to(index, accepted, started, free, close=True))
         free = time.monotonic_ns()
 
 
@@ -93,9 +118,9 @@ def _serve_kept(listener: Listener, hold: Callable[[int, int], None], set_slack:
         while True:
             conn, request, read, answered = requests.get()
             started = time.monotonic_ns()
-            hold(started, _service(request))
+            hold(started, service_of(request))
             with contextlib.suppress(OSError):
-                conn.sendall(_answer(index, read, started, free, close=_CLOSE.search(request) is not None))
+                conn.sendall(answer_to(index, read, started, free, close=closes(request)))
             answered.set()
             free = time.monotonic_ns()
 
@@ -105,7 +130,7 @@ def _serve_kept(listener: Listener, hold: Callable[[int, int], None], set_slack:
                 answered = threading.Event()
                 requests.put((conn, request, time.monotonic_ns(), answered))
                 answered.wait()
-                if _CLOSE.search(request):
+                if closes(request):
                     break
 
     threading.Thread(target=serve, daemon=True).start()
@@ -113,12 +138,19 @@ def _serve_kept(listener: Listener, hold: Callable[[int, int], None], set_slack:
         threading.Thread(target=read, args=(conn,), daemon=True).start()
 
 
-def _service(request: bytes) -> int:
+def service_of(request: bytes) -> int:
+    """The nanoseconds that a request wants to be held for."""
     found = _SERVICE.search(request)
     return int(found[1]) if found else 0
 
 
-def _answer(index: int, accepted: int, started: int, free: int, close: bool) -> bytes:
+def closes(request: bytes) -> bool:
+    """Whether a request is its connection's last."""
+    return _CLOSE.search(request) is not None
+
+
+def answer_to(index: int, accepted: int, started: int, free: int, close: bool) -> bytes:
+    """A whole answer, as timed() has it."""
     body = b"fdpass %d %d %d %d\n" % (index, accepted, started, free)
     way = b"close" if close else b"keep-alive"
     return b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: %s\r\n\r\n%s" % (len(body), way, body)

@@ -19,18 +19,30 @@ from fdpass_bench import screens
 
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
-    from fdpass_bench.balance import Plan, Run, Strategy
     from fdpass_bench.peers import Target
     from fdpass_bench.price import Plan as PricePlan
+    from fdpass_bench.runs import Plan, Run
     from fdpass_bench.steady import Server, Trial, Work
+    from fdpass_bench.strategy import Strategy
 
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
 _PRICES = ("carriers", "starts", "descriptors", "outstanding", "receivers")
 _DEMONSTRATION = ("shared", "reuseport", "reuseport-bare")
+_FIRST = ("idle", "burst", "kill")  # of the scenarios, those of the demonstration
+_SCENARIOS = (*_FIRST, "stall", "rolling", "long-lived", "scale-out", "steady")
+_LOADED = ("stall", "rolling", "scale-out")  # they make as many connections as their rate or their clients do
+_MOST_CLIENTS = 20000  # connections of a run that are followed one by one
+#: Which scenarios an option belongs to, where these are not all, nor steady alone.
+_BELONGS = {
+    "bursts": ("burst",),
+    "rolls": ("rolling",),
+    "clients": ("rolling", "scale-out", "steady"),
+    "seed": ("stall", "rolling", "long-lived", "scale-out", "steady"),
+}
 
 
 def _strategy(ctx: click.Context, param: click.Parameter, text: str) -> Strategy:
-    from fdpass_bench.balance import Strategy
+    from fdpass_bench.strategy import Strategy
 
     try:
         return Strategy.parse(text)
@@ -43,9 +55,10 @@ def _strategies(ctx: click.Context, param: click.Parameter, text: str) -> list[S
 
 
 def _every_strategy() -> list[str]:
-    from fdpass_bench.balance import ORDERS
+    from fdpass_bench.strategy import ORDERS, PROGRAMS
 
-    return [*ORDERS, *(f"{name}:{order}" for name, orders in ORDERS.items() for order in orders)]
+    orders = [f"{name}:{order}" for name, orders in ORDERS.items() for order in orders]
+    return [*ORDERS, *orders, *(f"shared:{program}" for program in PROGRAMS)]
 
 
 def _every_peer() -> list[str]:
@@ -117,9 +130,9 @@ def command(ctx: click.Context) -> int:
     """
     if ctx.invoked_subcommand is not None:
         return 0
-    from fdpass_bench.balance import Strategy
+    from fdpass_bench.strategy import Strategy
 
-    return _measure(_plans([Strategy.parse(text) for text in _DEMONSTRATION], ["idle", "burst", "kill"], 4, None, 10.0, None), None)
+    return _measure(_plans([Strategy.parse(text) for text in _DEMONSTRATION], _FIRST, 4, None, 10.0, None), None)
 
 
 @command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
@@ -129,20 +142,20 @@ def command(ctx: click.Context) -> int:
     callback=_strategies,
     shell_complete=screens.listed(_every_strategy),
     default=",".join(_DEMONSTRATION),
-    help="NAME or NAME:ORDER, separated by commas.  [default: shared,reuseport,reuseport-bare; steady: shared,reuseport]",
+    help="Separated by commas, see above.  [default: shared,reuseport,reuseport-bare; steady: shared,reuseport]",
 )
 @_workers
 @click.option(
     "--scenario",
-    type=click.Choice(["idle", "burst", "kill", "steady", "all"]),
+    type=click.Choice([*_SCENARIOS, "all"]),
     default=None,
-    help="[default: idle, burst and kill; steady where one of its options is given]",
+    help="[default: idle, burst and kill; the scenario of an option that belongs to one]",
 )
 @click.option(
     "--connections",
     type=click.IntRange(1, 1_000_000),
     default=None,
-    help="How many in each run.  [default: 60 idle, 400 burst, 200 kill, 4000 steady or those of 6 s]",
+    help="In each run; long-lived: open at a time.  [default: 60 idle, 400 burst, 200 kill, 1000 long-lived, 4000 steady or those of 6 s]",
 )
 @_json
 @_html
@@ -150,13 +163,19 @@ def command(ctx: click.Context) -> int:
     "--service-ms",
     type=_Number(0, 10000),
     default=None,
-    help="Milliseconds a worker holds each connection; steady: on average.  [default: 0 idle, 1 burst, 4 steady, in kill a queue of 2.5 s]",
+    help="Milliseconds a worker holds each connection; steady, stall: on average.  "
+    "[default: 0 idle, 1 burst, 2 rolling and scale-out, 4 stall and steady, in kill a queue of 2.5 s]",
 )
 @click.option(
     "--time-limit",
     type=_Number(1, 600),
     default=None,
-    help="Seconds for the connections of one run; steady: for each request.  [default: 30, steady 10]",
+    help="Seconds for the connections of one run; steady: for each request.  [default: 30, rolling 120, steady 10]",
+)
+@click.option("--bursts", type=click.IntRange(1, 1000), default=None, help="burst: so many, one after the other.  [default: 1]")
+@click.option("--rolls", type=click.IntRange(1, 1000), default=None, help="rolling: how often all workers are replaced.  [default: 5]")
+@click.option(
+    "--credits", type=click.IntRange(1, 128), default=None, help="dispatch: connections that a worker may get ahead.  [default: 1]"
 )
 @click.option("--rate", type=_Number(0.1, 1_000_000), default=None, help="steady: connections per second.")
 @click.option(
@@ -165,7 +184,12 @@ def command(ctx: click.Context) -> int:
     default=None,
     help="steady: the rate as a share of what the workers can do.  [default: 0.7]",
 )
-@click.option("--clients", type=click.IntRange(1, 10000), default=None, help="steady: a closed loop of so many clients instead of a rate.")
+@click.option(
+    "--clients",
+    type=click.IntRange(1, 10000),
+    default=None,
+    help="rolling, scale-out: of the closed loop; steady: a closed loop instead of a rate.  [default: 24 rolling, 8 x workers scale-out]",
+)
 @click.option("--arrivals", type=click.Choice(["poisson", "uniform"]), default=None, help="steady: their spacing.  [default: poisson]")
 @click.option("--distribution", type=click.Choice(["exponential", "fixed", "hyper"]), default=None, help="steady: of the service times.")
 @click.option(
@@ -173,7 +197,7 @@ def command(ctx: click.Context) -> int:
 )
 @click.option("--requests-per-connection", "requests", type=click.IntRange(1, 10000), default=None, help="steady: over 1 is keep-alive.")
 @click.option("--think-ms", type=_Number(0, 60000), default=None, help="steady: between an answer and the connection's next request.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=None, help="steady: the same seed is the same work.  [default: 1]")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=None, help="The same seed is the same work.  [default: 1]")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=None, help="steady: runs of each server, in ABBA order.  [default: 2]")
 @click.option("--target", "targets", metavar="HOST:PORT", multiple=True, callback=_targets, help="steady: a server that runs already.")
 @click.option(
@@ -197,6 +221,11 @@ def balance(
     html_file: str | None,
     service_ms: float | None,
     time_limit: float | None,
+    bursts: int | None,
+    rolls: int | None,
+    credits: int | None,
+    clients: int | None,
+    seed: int | None,
     targets: list[Target],
     peers: list[str],
     **steady: Any,
@@ -204,18 +233,32 @@ def balance(
     """Measures how each strategy shares connections out, what it loses, and what waiting it costs.
 
     \b
-    idle    spaced connections, each after the former has ended, to idle workers
-    burst   many connections at once
-    kill    connections wait in the queue while a worker is killed every half
-            second and restarted
-    steady  an open loop: connections arrive at a rate whatever the server does,
-            each with its own service time; queueing theory beside the figures
+    idle        spaced connections, each after the former has ended, to idle
+                workers
+    burst       many connections at once
+    kill        connections wait in the queue while a worker is killed every
+                half second and restarted
+    stall       one worker is frozen for a second at half load
+    rolling     all workers are replaced by group.roll() under a closed loop
+    long-lived  so many connections open, closed and opened at random
+    scale-out   a saturating closed loop on 1, 2, 4 ... workers
+    steady      an open loop: connections arrive at a rate whatever the server
+                does, each with its own service time; queueing theory beside it
+
+    \b
+    Strategies, with what may stand behind a colon:
+      shared          rotate, first, least-loaded: a loop on the listener;
+                      asyncio, uvloop, uvicorn, uvicorn-uvloop: fdpass's event
+                      loops under these, and each with -stock: their own
+      dispatch        round-robin, least-loaded
+      reuseport       reuseport-bare       auto
 
     The exit status is 1 when a run could not be measured properly.
 
     \b
     Examples:
       fdpass-bench balance --strategies shared,shared:first --scenario idle
+      fdpass-bench balance --strategies shared:uvicorn,shared:uvicorn-stock
       fdpass-bench balance --scenario steady --load 0.8 --peer gunicorn
       fdpass-bench balance --target 127.0.0.1:8000 --rate 200
     """
@@ -223,27 +266,54 @@ def balance(
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
-    of_steady = [param for param in ctx.command.params if param.name in (*steady, "targets", "peers") and param.name and given(param.name)]
-    if of_steady and scenario not in ("steady", "all", None):
-        raise click.UsageError(f"{of_steady[0].opts[0]} belongs to --scenario steady")
-    steadily = scenario in ("steady", "all") or bool(of_steady)
-    quick = scenario == "all" or (scenario is None and not of_steady)
-    scenarios = ["idle", "burst", "kill"] if quick else [scenario] if scenario and not steadily else []
-    most = 20000 if scenarios else 1_000_000
-    if connections is not None and connections > most:
-        raise click.BadParameter(f"{scenarios[0]} makes at most {most} connections", ctx, param_hint="--connections")
+    bound = dict.fromkeys((*steady, "targets", "peers"), ("steady",)) | _BELONGS
+    of = {param.opts[0]: bound[param.name] for param in ctx.command.params if param.name in bound and param.name and given(param.name)}
+    scenarios = _chosen(scenario, of)
+    steadily = "steady" in scenarios
+    scenarios = [name for name in scenarios if name != "steady"]
+    if connections is not None and scenario != "all":
+        if (name := next((name for name in scenarios if name in _LOADED), None)) is not None:
+            raise click.UsageError(f"--connections has no meaning in {name}, which makes as many as its rate or its clients do")
+        # A burst is one of several; a steady run has room for more.
+        most = _MOST_CLIENTS // (bursts or 1) if scenarios else 1_000_000
+        if connections > most:
+            raise click.BadParameter(f"{scenarios[0]} makes at most {most} connections", ctx, param_hint="--connections")
+    if credits is not None and not any(strategy.name == "dispatch" for strategy in strategies):
+        raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
     service = None if service_ms is None else service_ms / 1000
-    plans = _plans(strategies, scenarios, workers, connections, time_limit or 30.0, service)
+    more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "credits": credits, "seed": 1 if seed is None else seed}
+    plans = _plans(strategies, scenarios, workers, connections, time_limit, service, **more)
     servers: list[Server] = []
     work = None
     if steadily:
         if not given("strategies"):
             # A target is somebody's own question; peers are compared with us.
             strategies = [] if targets and not peers else strategies[:2]
-        work = _work(workers, connections, service, time_limit, bool(targets), **steady)
-        servers = _servers(work, strategies, peers, targets)
+        work = _work(workers, connections, service, time_limit, bool(targets), clients=clients, seed=seed, **steady)
+        servers = _servers(work, strategies, credits, peers, targets)
+    if service_ms == 0 and "stall" in scenarios:
+        raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
+    if service_ms is not None and scenarios == ["long-lived"]:
+        raise click.UsageError("--service-ms has no meaning in long-lived, whose connections stay until they are closed")
     _refuse_unwritable(json_file, html_file)
     return _measure(plans, json_file, work, servers, html_file)
+
+
+def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
+    """The scenarios to play: those asked for, else those of the options given, each with where it belongs. Raises UsageError."""
+    if scenario == "all":
+        return list(_SCENARIOS)
+    if scenario is not None:
+        for option, where in of.items():
+            if scenario not in where:
+                raise click.UsageError(f"{option} belongs to --scenario {' or '.join(where)}")
+        return [scenario]
+    if not of:
+        return list(_FIRST)
+    common = [name for name in _SCENARIOS if all(name in where for where in of.values())]
+    if not common:
+        raise click.UsageError(f"{', '.join(of)} belong to no scenario together")
+    return ["steady"] if "steady" in common else common[:1]
 
 
 def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Parameter, Sequence[str]], list[str]]:
@@ -434,19 +504,31 @@ def _plans(
     scenarios: Sequence[str],
     workers: int,
     connections: int | None,
-    time_limit: float,
+    time_limit: float | None,
     service: float | None,
+    **more: Any,
 ) -> list[Plan]:
-    from fdpass_bench.balance import SCENARIOS, Plan
+    from fdpass_bench.runs import SCENARIOS, Plan
 
     return [
-        Plan(strategy, scenario, workers, connections or SCENARIOS[scenario], time_limit, service)
+        Plan(
+            strategy,
+            scenario,
+            workers,
+            # 0: what its rate or its clients make.
+            SCENARIOS[scenario] and (connections or SCENARIOS[scenario]),
+            time_limit or (120.0 if scenario == "rolling" else 30.0),
+            service,
+            **more,
+        )
         for scenario in scenarios
         for strategy in strategies
     ]
 
 
-def _servers(work: Work, strategies: Sequence[Strategy], peers: Sequence[str], targets: Sequence[Target]) -> list[Server]:
+def _servers(
+    work: Work, strategies: Sequence[Strategy], credits: int | None, peers: Sequence[str], targets: Sequence[Target]
+) -> list[Server]:
     from fdpass_bench.peers import PeerError
     from fdpass_bench.steady import Group, PeerServer, TargetServer
 
@@ -459,7 +541,7 @@ def _servers(work: Work, strategies: Sequence[Strategy], peers: Sequence[str], t
             work.load_of(TargetServer(target).serving, 0)
         except ValueError as error:
             raise click.UsageError(f"--target {target.text}: {error}") from error
-    return [*map(Group, strategies), *found, *map(TargetServer, targets)]
+    return [*(Group(strategy, credits) for strategy in strategies), *found, *map(TargetServer, targets)]
 
 
 def _work(
@@ -533,7 +615,7 @@ def _measure(
     runs: list[Run] = []
     calibration: Trial | None = None
     trials: list[Trial] = []
-    counts = [plan.connections for plan in plans]
+    counts = [plan.steps for plan in plans]
     if work is not None:
         counts += [work.connections * work.requests] * (work.repeats * len(servers))
     interrupted = 0

@@ -16,6 +16,7 @@ from fdpass_bench.steady import Server, Trial, Work
 
 _LAG_SHARE = 0.10  # of the service time: the generator's own lateness must stay below it, at p99
 _LAG_FLOOR = 0.00025  # seconds: where the service time is not known, lag below this is the machine's timer and not lateness
+_BUSY_SHARE = 0.95  # of the time that a closed loop's generator may compute before the rate is its own
 _RATE_SHARE = 0.99  # of the offered rate must be achieved
 _LOST_SHARE = 0.01  # of the requests may have no answer before the latency of the others says nothing
 _T = TypeVar("_T")
@@ -270,6 +271,11 @@ def _generator_problems(work: Work, trial: Trial, calibration: Trial | None = No
         found.append(f"port exhaustion: {trial.outcomes['no_port']} connections found no local port")
     if trial.outcomes["no_descriptor"]:
         found.append(f"{trial.outcomes['no_descriptor']} connections found no file descriptor (see ulimit -n)")
+    if work.rate is None:
+        # Nobody promised a closed loop an instant: its clients go as fast as they are let, unless they are what holds it up.
+        if trial.seconds and trial.generator_cpu_seconds > _BUSY_SHARE * trial.seconds:
+            found.append(f"the generator had no time to spare: {trial.generator_cpu_seconds / trial.seconds:.0%} of a processor")
+        return found
     lag = _spread(trial.lag)
     answered = [value for value in trial.latency if value is not None]
     # Where nothing is known of the service, the latency itself must not be mostly the generator's.
@@ -279,7 +285,7 @@ def _generator_problems(work: Work, trial: Trial, calibration: Trial | None = No
         found.append(f"the generator was late: schedule lag p99 {late}")
     if trial.offered_per_s and trial.begun_per_s < _RATE_SHARE * trial.offered_per_s:
         found.append(f"the generator began {trial.begun_per_s:.4g} of {trial.offered_per_s:.4g} connections per second")
-    if found and calibration is not None and work.rate is not None:
+    if found and calibration is not None:
         # What the calibration is for: whose fault it is.
         alone = "was not late" if not _generator_problems(work, calibration) else "was late as well"
         found[-1] += f" (against a server that answers at once it {alone})"

@@ -262,8 +262,10 @@ class Generator(_Owner):
         self._process = _Process("the load generator", _generate)
         self.pid = self._process.pid
 
-    def run(self, load: Load, ended: Callable[[int], None] = lambda count: None) -> Result:
+    def run(self, load: Load, ended: Callable[[int], None] = lambda count: None, enough: Callable[[], bool] = lambda: False) -> Result:
         """Makes the connections and returns when every request has ended. ended() is told now and then how many have.
+
+        Where enough() says so, looked at ten times a second, it returns at once; what had not ended then has the outcome -1.
 
         An exception in ended(), or a KeyboardInterrupt, stops the run at once and goes on; the generator may be used again.
         Raises RuntimeError when the generator's process died, OSError when it could not even try, fdpass.ClosedError.
@@ -281,8 +283,12 @@ class Generator(_Owner):
                     self.close()
                     raise
                 try:
+                    told = False
                     while not self._process.channel.poll(_LOOK):
                         ended(words[lib.FLG_OVER])
+                        if not told and enough():
+                            told = True
+                            self._process.channel.send(None)
                     code = self._process.recv()
                 except BaseException:
                     self._stop()

@@ -20,9 +20,9 @@ from rich.table import Table
 
 import fdpass
 from fdpass_bench import contenders, estimate, measure, price
-from fdpass_bench.balance import SCENARIOS, Run
-from fdpass_bench.clients import OUTCOMES
 from fdpass_bench.figures import Study
+from fdpass_bench.runs import SCENARIOS, Run
+from fdpass_bench.scenario_tables import TABLES, and_, outcomes_of, scenario_table, words_of
 from fdpass_bench.steady import Trial
 
 _TITLES = {
@@ -86,7 +86,7 @@ class ProgressBar:
 
 
 def line_of(run: Run) -> str:
-    line = f"{run.plan.scenario}, {run.plan.strategy}: {_outcomes(run)}"
+    line = f"{run.plan.scenario}, {run.plan.strategy}: {outcomes_of(run)}"
     return line if run.valid else f"{line}; not valid: {run.invalid_reason}"
 
 
@@ -100,8 +100,8 @@ def show(runs: Sequence[Run], study: Study | None, stream: IO[str]) -> None:
     for scenario in SCENARIOS:
         here = [run for run in runs if run.plan.scenario == scenario]
         if here:
-            out.print(_table(scenario, here), "")
-    if runs:
+            out.print(TABLES[scenario](here) if scenario in TABLES else _table(scenario, here), "")
+    if any(run.plan.scenario in _TITLES for run in runs):
         out.print(
             "Switches: voluntary context switches of all workers, without their idle rate and without the one that holds a connection."
         )
@@ -117,10 +117,9 @@ def show(runs: Sequence[Run], study: Study | None, stream: IO[str]) -> None:
 
 
 def _table(scenario: str, runs: Sequence[Run]) -> Table:
-    table = Table(title=_TITLES[scenario], title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    table.padding = (0, 1, 0, 0)
-    table.pad_edge = False
-    table.add_column("strategy", overflow="fold")
+    bursts = runs[0].plan.bursts
+    median = f", {bursts} times; max/mean is their median" if scenario == "burst" and bursts > 1 else ""
+    table = scenario_table(_TITLES[scenario] + median)
     table.add_column("per worker", no_wrap=True)
     for name in ("max/\nmean", "switches\n/ conn."):
         table.add_column(name, justify="right", no_wrap=True)
@@ -133,7 +132,7 @@ def _table(scenario: str, runs: Sequence[Run]) -> Table:
             _shares(run.per_worker),
             _figure(run.max_over_mean),
             _figure(run.switches_per_connection),
-            _outcomes(run) + ("" if run.valid else " (not valid)"),
+            outcomes_of(run) + ("" if run.valid else " (not valid)"),
             str(run.lost_accepted),
             str(run.lost_unaccepted),
             style="" if run.valid else "dim",
@@ -261,10 +260,6 @@ def _figure(number: float | None) -> str:
     return "-" if number is None else f"{number:.2f}"
 
 
-def _outcomes(run: Run) -> str:
-    return ", ".join(f"{run.outcomes[outcome]} {outcome}" for outcome in OUTCOMES if run.outcomes[outcome] or outcome == "ok")
-
-
 # The verdict
 
 
@@ -279,6 +274,10 @@ def verdict(runs: Sequence[Run]) -> str:
     killed = [run for run in valid if run.plan.scenario == "kill"]
     if killed:
         parts.append(_losses(killed))
+    for scenario in TABLES:
+        here = [run for run in valid if run.plan.scenario == scenario]
+        if here:
+            parts.append(words_of(scenario, here))
     invalid = len(runs) - len(valid)
     if not parts:
         return "Nothing was measured properly, so there is nothing to compare." if runs else "Nothing was measured."
@@ -294,22 +293,18 @@ def _evenness(runs: Sequence[Run]) -> str:
     winners = [name for name, figure in figures if figure == best]
     others = sorted({figure for _, figure in figures if figure != best}, key=float)
     against = f" against {' to '.join(dict.fromkeys((others[0], others[-1])))}" if others else ""
-    return f"{'most evenly ' if others else ''}by {_and(winners)} (max/mean {best}{against})"
+    return f"{'most evenly ' if others else ''}by {and_(winners)} (max/mean {best}{against})"
 
 
 def _losses(runs: Sequence[Run]) -> str:
     kept = [str(run.plan.strategy) for run in runs if not run.lost_unaccepted]
-    lost = [f"{run.plan.strategy} {run.lost_unaccepted} of {run.plan.connections}" for run in runs if run.lost_unaccepted]
+    lost = [f"{run.plan.strategy} {run.lost_unaccepted} of {sum(run.outcomes.values())}" for run in runs if run.lost_unaccepted]
     of_what = "that no worker had accepted"
     if not lost:
-        return f"when workers were killed, {_and(kept)} lost no connection {of_what}"
+        return f"when workers were killed, {and_(kept)} lost no connection {of_what}"
     if not kept:
         return f"when workers were killed, connections {of_what} were lost: {', '.join(lost)}"
-    return f"when workers were killed, {_and(kept)} lost no connection {of_what}, {_and(lost)}"
-
-
-def _and(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"when workers were killed, {and_(kept)} lost no connection {of_what}, {and_(lost)}"
 
 
 # Prices
@@ -337,7 +332,7 @@ def show_prices(found: price.Found, stream: IO[str]) -> None:
             out.print(_ASKED, "")
     for reason, rows in groupby([row for row in found.rows if row.reason], attrgetter("reason")):
         same = list(rows)
-        out.print(f"{_and([row.name for row in same])}: {same[0].verdict}: {reason}.")
+        out.print(f"{and_([row.name for row in same])}: {same[0].verdict}: {reason}.")
     for one in found.findings:
         out.print(f"{one.sentence[0].upper()}{one.sentence[1:]}.")
     if found.load_before > (cpus := len(os.sched_getaffinity(0))) / 2:

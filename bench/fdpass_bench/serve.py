@@ -6,11 +6,15 @@ import sys
 
 import fdpass
 from fdpass_bench import answer
-from fdpass_bench.balance import Strategy
+from fdpass_bench.strategy import Strategy
 
 
 def serve(address: str, workers: int, strategy: Strategy) -> int:
-    """Serves until KeyboardInterrupt (Ctrl-C, SIGTERM), which is the orderly end; the exit status."""
+    """Serves until KeyboardInterrupt (Ctrl-C, SIGTERM), which is the orderly end; the exit status.
+
+    Raises ValueError for an address or a strategy that it cannot serve by."""
+    if strategy.program != "listener":
+        raise ValueError(f"serve accepts from the listener itself and runs no {strategy.variant}: --strategy {strategy.name}")
     fdpass.raise_fd_limit()
     try:
         with fdpass.WorkerGroup(

@@ -12,16 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import fdpass
-from fdpass_bench import answer, loadgen, measure, peers
-from fdpass_bench.balance import Strategy
+from fdpass_bench import loadgen, measure, peers
+from fdpass_bench.strategy import Strategy
 
 _SETTLE = 0.1  # seconds for what is left of the workers' start
 _IDLE_WINDOW = 0.25  # seconds in which nothing happens, to know what idle workers cost
 _NEXT = 1_000_000  # nanoseconds after an answer by which its worker is free for the next
 _CALIBRATION = 1.0  # seconds of the schedule that the null server gets, about
-
-#: How each strategy queues, in the words of theory.py.
-DISCIPLINES = {"shared": "one queue", "reuseport": "split", "reuseport-bare": "split"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,7 @@ class Group:
     """Our own workers under one strategy."""
 
     strategy: Strategy
+    credits: int | None = None  # of dispatch
     kind = "fdpass"
     version = fdpass.__version__
 
@@ -106,19 +104,19 @@ class Group:
 
     @property
     def discipline(self) -> str | None:
-        return DISCIPLINES.get(self.strategy.name)
+        return self.strategy.discipline(self.credits)
 
     @contextmanager
     def serve(self, work: Work) -> Iterator[Serving]:
-        with fdpass.WorkerGroup(
-            answer.timed,
+        with self.strategy.group(
+            "timed",
             "127.0.0.1:0",
-            workers=work.workers,
-            strategy=self.strategy.name,
-            args=(work.work, work.requests > 1),
+            work.workers,
+            work=work.work,
+            keep_alive=work.requests > 1,
+            credits=self.credits,
             name="bench",
             stop_timeout=2.0,  # a worker may be holding a connection that nobody waits for any more
-            order=self.strategy.order,
         ) as group:
             host, _, port = str(group.endpoint).rpartition(":")
             yield Serving(host, int(port), lambda: [worker.pid for worker in group.stats()])
@@ -231,7 +229,7 @@ def measure_trial(server: Server, work: Work, repeat: int, ended: Callable[[int]
         # A generator of its own for each: none inherits the trouble of another.
         with server.serve(work) as serving, loadgen.Generator() as generator:
             _load(trial, generator, serving, work, repeat, ended, believed=server.kind != "target")
-    except (OSError, RuntimeError, peers.PeerError, fdpass.FdPassError) as error:
+    except (OSError, RuntimeError, ValueError, peers.PeerError, fdpass.FdPassError) as error:
         trial.problem = str(error)
     return trial
 

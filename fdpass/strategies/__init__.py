@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from fdpass import _syscall
 from fdpass.ancillary import why_no_passing
+from fdpass.strategies import dispatch
+from fdpass.strategies.contract import Strategy as Strategy
+from fdpass.strategies.dispatch import Dispatch
 from fdpass.strategies.reuseport import Reuseport, ReuseportBare
 from fdpass.strategies.shared import Shared
 
 if TYPE_CHECKING:
     from fdpass.channel import Channel
-    from fdpass.endpoint import Endpoint
     from fdpass.listener import Listener
 
-NAMES = ("shared", "reuseport", "reuseport-bare", "auto")
+NAMES = ("shared", "reuseport", "reuseport-bare", "dispatch", "auto")
 ORDERS = ("rotate", "first")
 
 
-class Strategy(Protocol):
-    """The supervisor's side. held: a socket without its worker keeps its share of the connections waiting."""
-
-    name: str
-    held: bool
-    passes: bool  # whether it needs descriptors to be passed
-
-    def bind(self, endpoint: Endpoint, workers: int, backlog: int) -> None:
-        """Makes every socket the group needs, bound; consumes nothing. Raises ValueError, OSError."""
-
-    def listen(self) -> None:
-        """Starts to listen, right before the first worker starts."""
-
-    def share(self, index: int) -> dict[str, Any]:
-        """What worker `index` gets over its control channel."""
-
-    def close(self) -> None:
-        """Closes what bind() made beyond the endpoint."""
-
-
-def choose(name: str, order: str | None) -> Strategy:
-    """The strategy of that name. Raises ValueError that lists the names."""
+def choose(name: str, order: str | None, credits: int | None = None) -> Strategy:
+    """The strategy of that name. Raises ValueError that lists the names, TypeError."""
     if name not in NAMES:
         raise ValueError(f"strategy {name!r} is none of {', '.join(NAMES)}")
+    if credits is not None and name != "dispatch":
+        raise ValueError(f"credits={credits!r} belongs to strategy 'dispatch'; under {name!r} a worker accepts for itself")
+    if name == "dispatch":
+        return _dispatch(order or dispatch.ORDERS[0], 1 if credits is None else credits)
     if order is not None and order not in ORDERS:
         raise ValueError(f"order {order!r} is none of {', '.join(ORDERS)}")
     if order is not None and name not in ("shared", "auto"):
@@ -61,7 +48,17 @@ def choose(name: str, order: str | None) -> Strategy:
     return Reuseport() if name == "reuseport" else ReuseportBare()
 
 
-def open_share(share: dict[str, Any], line: Any, channel: Channel, report: bool) -> Listener:
-    """In the worker: the listener for what share() gave. Raises OSError."""
-    opener = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open}[share["strategy"]]
-    return opener(share, line=line, channel=channel, report=report)
+def _dispatch(order: str, credits: int) -> Dispatch:
+    if order not in dispatch.ORDERS:
+        raise ValueError(f"order {order!r} of strategy 'dispatch' is none of {', '.join(dispatch.ORDERS)}")
+    if not isinstance(credits, int) or isinstance(credits, bool):
+        raise TypeError(f"credits is a number (int), not {type(credits).__name__}")
+    if not 1 <= credits <= _syscall.CREDITS:
+        raise ValueError(f"credits is 1 to {_syscall.CREDITS}, not {credits}")
+    return Dispatch(order, credits)
+
+
+def open_share(share: dict[str, Any], line: Any, lines: list[Any], channel: Channel, report: bool) -> Listener:
+    """In the worker: the listener for what share() gave. line: its own on the board, one of lines, those of all workers. Raises OSError."""
+    openers = {"shared": Shared.open, "reuseport": Reuseport.open, "reuseport-bare": ReuseportBare.open, "dispatch": Dispatch.open}
+    return openers[share["strategy"]](share, line=line, lines=lines, channel=channel, report=report)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Any
 
-from fdpass.endpoint import join
+from fdpass.endpoint import join, queued
 from fdpass.listener import Listener, ListenSocket
+from fdpass.strategies.contract import Strategy
 
 if TYPE_CHECKING:
     from fdpass.endpoint import Endpoint
@@ -25,7 +26,7 @@ def _share_port(endpoint: Endpoint, name: str) -> None:
     endpoint.share_port()
 
 
-class Reuseport:
+class Reuseport(Strategy):
     """The supervisor's k sockets; a successor takes the socket of the dead with everything queued on it."""
 
     name, held, passes = "reuseport", True, True
@@ -52,9 +53,13 @@ class Reuseport:
         for sock in self._members:
             sock.listen(self._backlog)
 
-    def share(self, index: int) -> dict[str, Any]:
+    def share(self, index: int, line: int) -> dict[str, Any]:
         """The worker's own socket."""
         return {"strategy": self.name, "index": index, "socket": self._members[index], "backlog": self._backlog}
+
+    def queue(self, index: int) -> tuple[int, int | None] | None:
+        """Of the index's own socket."""
+        return queued(self._members[index]) if index < len(self._members) else None
 
     def close(self) -> None:
         """The members beyond the endpoint."""
@@ -67,7 +72,7 @@ class Reuseport:
         return Listener(ListenSocket(share["socket"], share["backlog"]), share["index"], "reuseport", **inside)
 
 
-class ReuseportBare:
+class ReuseportBare(Strategy):
     """The supervisor's socket only holds the port: bound and never listening, it gets no connection."""
 
     name, held, passes = "reuseport-bare", False, False
@@ -80,13 +85,10 @@ class ReuseportBare:
     def listen(self) -> None:
         """Each worker does, when it starts; until the first one does, clients are refused."""
 
-    def share(self, index: int) -> dict[str, Any]:
+    def share(self, index: int, line: int) -> dict[str, Any]:
         """Where to bind."""
         family, address = int(self._endpoint.socket.family), self._endpoint.address
         return {"strategy": self.name, "index": index, "family": family, "address": address, "backlog": self._backlog}
-
-    def close(self) -> None:
-        """Nothing beyond the endpoint."""
 
     @staticmethod
     def open(share: dict[str, Any], **inside: Any) -> Listener:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fdpass.endpoint import queued
 from fdpass.listener import Listener, ListenSocket
+from fdpass.strategies.contract import Strategy
 
 if TYPE_CHECKING:
     from fdpass.endpoint import Endpoint
 
 
-class Shared:
+class Shared(Strategy):
     """order: "rotate" puts a worker at the end of the queue after each connection, "first" leaves it where it registered."""
 
     name, held, passes = "shared", False, True
@@ -27,12 +29,13 @@ class Shared:
         """Clients wait from now on, they are not refused."""
         self._endpoint.socket.listen(self._backlog)
 
-    def share(self, index: int) -> dict[str, Any]:
+    def share(self, index: int, line: int) -> dict[str, Any]:
         """The same socket for each."""
         return {"strategy": self.name, "index": index, "socket": self._endpoint.socket, "backlog": self._backlog, "order": self.order}
 
-    def close(self) -> None:
-        """Nothing beyond the endpoint."""
+    def queue(self, index: int) -> tuple[int, int | None] | None:
+        """Of the one socket, whoever asks."""
+        return queued(self._endpoint)
 
     @staticmethod
     def open(share: dict[str, Any], **inside: Any) -> Listener:

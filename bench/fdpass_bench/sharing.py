@@ -1,0 +1,217 @@
+"""The scenarios `idle`, `burst` and `kill`: connections followed one by one, what each worker got of them and what was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import fdpass
+from fdpass_bench import measure, sockdiag
+from fdpass_bench.clients import Clients
+from fdpass_bench.runs import Plan, Run, Unmeasurable, max_over_mean
+
+_GAP = 0.004  # seconds between two spaced connections: a worker is back in its wait long before
+_SETTLE = 0.1  # seconds for what is left of the workers' start; an event loop says that it is ready before it is set up
+_SETTLE_LOOP = 0.5
+_IDLE_WINDOW = {"idle": 0.5, "burst": 0.5, "kill": 1.0}  # seconds in which nothing happens, to know what idle workers cost
+_TICK = 0.1  # seconds: uvicorn wakes as often by itself, so what it costs is told best over many, and whole ones
+_TICKING_WINDOW = 2.0
+_KILL_EVERY = 0.5  # seconds
+_SUCCESSOR_LIMIT = 15.0  # seconds until a killed worker's successor must be ready
+
+
+def play(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
+    """Starts a group, measures, stops it. Raises Unmeasurable."""
+    with plan.group(
+        "greet",
+        restart="on-failure" if plan.scenario == "kill" else "never",
+        stop_timeout=2.0,  # a worker may be holding a connection that nobody waits for any more
+    ) as group:
+        host, _, port = str(group.endpoint).rpartition(":")
+        with Clients((host, int(port)), http=plan.strategy.speaks_http, service=plan.service_seconds) as clients:
+            _Scene(plan, run, group, clients, ended).play()
+
+
+class _Scene:
+    """One run under way."""
+
+    def __init__(self, plan: Plan, run: Run, group: fdpass.WorkerGroup, clients: Clients, ended: Callable[[int], None]) -> None:
+        self.plan = plan
+        self.run = run
+        self.group = group
+        self.clients = clients
+        self.ended = ended
+        self.accepted_by_victims: set[int] = set()  # the clients' ports
+        self.switches = measure.Switches(worker.pid for worker in group.stats())
+        self.ticks = plan.strategy.program == "uvicorn"
+
+    def play(self) -> None:
+        idle_rate = self._idle_rate()
+        before = self.switches.total()
+        began = time.monotonic()
+        self.deadline = began + self.plan.time_limit
+        try:
+            {"idle": self._idle, "burst": self._burst, "kill": self._kill}[self.plan.scenario]()
+            # The last worker goes back to its wait: that switch belongs to the last connection.
+            time.sleep(5 * _GAP)
+            if self.ticks:
+                # As many ticks as the time says, and not one more or less in each worker.
+                time.sleep(_TICK - (time.monotonic() - began) % _TICK)
+        finally:
+            # What was measured is reported of an invalid run too.
+            self.run.seconds = time.monotonic() - began
+            self.clients.give_up()
+            self._count()
+        switches = self.switches.total() - before
+        accepted = sum(self.run.per_worker)
+        if accepted:
+            held = accepted if self.plan.service_seconds > 0 else 0
+            self.run.switches_per_connection = (switches - idle_rate * self.run.seconds - held) / accepted
+        if self.run.outcomes["timeout"]:
+            late = self.run.outcomes["timeout"]
+            raise Unmeasurable(f"the time limit of {self.plan.time_limit:g} s was hit with {late} connections under way")
+
+    def _idle_rate(self) -> float:
+        time.sleep(_SETTLE if self.plan.strategy.program == "listener" else _SETTLE_LOOP)
+        before = self.switches.total()
+        began = time.monotonic()
+        time.sleep(_TICKING_WINDOW if self.ticks else _IDLE_WINDOW[self.plan.scenario])
+        rate = (self.switches.total() - before) / (time.monotonic() - began)
+        self.run.idle_switches_per_second = rate
+        return rate
+
+    def _count(self) -> None:
+        run = self.run
+        for client in self.clients.all:
+            outcome = client.outcome or "timeout"
+            run.outcomes[outcome] += 1
+            index = client.index
+            if index is not None:
+                run.per_worker[index] += 1
+            if outcome != "ok":
+                if client.port in self.accepted_by_victims or index is not None:
+                    run.lost_accepted += 1
+                else:
+                    run.lost_unaccepted += 1
+        self.ended(len(self.clients.all))
+
+    def _pump(self, until: float) -> None:
+        """Follows the connections until all have ended or `until` (monotonic seconds)."""
+        while self.clients.under_way:
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            self.clients.pump(min(left, 0.1))
+            self.ended(len(self.clients.all) - self.clients.under_way)
+
+    # The scenarios
+
+    def _idle(self) -> None:
+        for number in range(self.plan.connections):
+            if time.monotonic() > self.deadline:
+                raise Unmeasurable(f"the time limit of {self.plan.time_limit:g} s was hit after {number} connections")
+            self.clients.finish(self.clients.connect(), self.deadline)
+            self.ended(number + 1)
+            time.sleep(_GAP)
+
+    def _burst(self) -> None:
+        for number in range(self.plan.bursts):
+            if number:
+                # Every worker is back in its wait.
+                time.sleep(5 * _GAP)
+            for _ in range(self.plan.connections):
+                self.clients.connect()
+            self._pump(self.deadline)
+            counts = [0] * self.plan.workers
+            for client in self.clients.all[number * self.plan.connections :]:
+                if client.index is not None:
+                    counts[client.index] += 1
+            evenness = max_over_mean(counts)
+            if evenness is not None:
+                self.run.max_over_means.append(evenness)
+            if self.clients.under_way:
+                break  # at the time limit
+
+    def _kill(self) -> None:
+        for _ in range(self.plan.connections):
+            self.clients.connect()
+        next_kill = time.monotonic() + _KILL_EVERY
+        self._pump(next_kill)
+        if not all(client.connected for client in self.clients.all):
+            raise Unmeasurable("not all connections were made before the first kill was due")
+        while self.clients.under_way and time.monotonic() < self.deadline:
+            victim = len(self.run.queued_at_kills) % self.plan.workers
+            restarts = self.group.stats()[victim].restarts
+            self._kill_worker(victim)
+            next_kill += _KILL_EVERY
+            self._await_successor(victim, restarts)
+            next_kill = max(next_kill, time.monotonic())
+            self._pump(min(next_kill, self.deadline))
+        if not self.run.queued_at_kills:
+            raise Unmeasurable("all connections had ended before the first kill was due: more connections, or a longer --service")
+        for client in self.clients.all:
+            # The greeting and the kernel's table are two witnesses of one fact.
+            if client.outcome not in (None, "ok") and client.index is not None and client.port not in self.accepted_by_victims:
+                raise Unmeasurable(f"a lost connection had been greeted by worker {client.index}, yet no killed worker had held it")
+
+    def _kill_worker(self, index: int) -> None:
+        pid = self.group.stats()[index].pid
+        try:
+            # Stopped, the victim can accept nothing more: what it holds now is exactly what dies with it.
+            measure.stop(pid)
+            held = measure.socket_inodes(pid)
+            owned = self._held_by_workers()
+            ends = measure.established(self.clients.address[1])
+            owned |= self._held_by_workers() | held
+            queue = _queue(self.clients.address[1], held)
+            self.switches.bury(pid)
+        except (TimeoutError, FileNotFoundError, ProcessLookupError) as error:
+            raise Unmeasurable(f"worker {index} (pid {pid}) could not be looked into before it was killed: {error}") from error
+        finally:
+            _kill(pid)
+        self.accepted_by_victims |= {port for port, inode in ends.items() if inode in held}
+        dispatched = self.plan.strategy.name == "dispatch"
+        # What a dispatcher has sent and no worker has received has an inode, and is nobody's yet.
+        self.run.queued_at_kills.append(sum(inode == 0 or (dispatched and inode not in owned) for inode in ends.values()))
+        self.run.victims_queues.append(queue)
+
+    def _held_by_workers(self) -> set[int]:
+        """The sockets of all workers, where a connection may be in nobody's hands although it was accepted."""
+        held: set[int] = set()
+        if self.plan.strategy.name == "dispatch":
+            for worker in self.group.stats():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    held |= measure.socket_inodes(worker.pid)
+        return held
+
+    def _await_successor(self, index: int, restarts: int) -> None:
+        """Returns when the worker that took the place of the killed one is ready; follows the connections meanwhile."""
+        deadline = time.monotonic() + _SUCCESSOR_LIMIT
+        while True:
+            worker = self.group.stats()[index]
+            if worker.restarts > restarts and worker.state == "ready":
+                break
+            if time.monotonic() > deadline:
+                raise Unmeasurable(f"worker {index} had no successor {_SUCCESSOR_LIMIT:g} s after it was killed")
+            self._pump(time.monotonic() + 0.005)
+            if not self.clients.under_way:
+                time.sleep(0.005)
+        self.run.restarts += 1
+        self.switches.see(worker.pid)
+
+
+def _queue(port: int, held: set[int]) -> int | None:
+    try:
+        return sum(found.queue for found in sockdiag.listening_sockets(port) if found.inode in held)
+    except OSError:
+        return None
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it ended by itself
