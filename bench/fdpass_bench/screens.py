@@ -3,6 +3,7 @@ It knows click, and none of the commands."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,7 +18,7 @@ _KINDS: Sequence[tuple[type, str]] = ((click.IntRange, "N"), (click.FloatRange, 
 
 class Command(click.Command):
     """A command whose --help has LINES lines at most. Where click's own would have more, options have a line each, those that belong to
-    something are named only, and --help-all says all."""
+    something are named only, the last lists are left out, and --help-all says all."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         whole = ctx.make_formatter()
@@ -26,9 +27,23 @@ class Command(click.Command):
         if text.count("\n") <= LINES:
             formatter.write(text)
         else:
-            self.format_usage(ctx, formatter)
-            self.format_help_text(ctx, formatter)
-            self._format_briefly(ctx, formatter)
+            paragraphs = inspect.cleandoc(self.help or "").split("\n\n")
+            while (text := self._briefly(ctx, paragraphs)).count("\n") > LINES:
+                # What is laid out by hand is a list, of which --help-all has all; an example stays.
+                lists = [number for number, one in enumerate(paragraphs) if one.startswith("\b") and "xample" not in one.splitlines()[1]]
+                if not lists:
+                    break
+                del paragraphs[lists[-1]]
+            formatter.write(text)
+
+    def _briefly(self, ctx: click.Context, paragraphs: Sequence[str]) -> str:
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text("\n\n".join(paragraphs))
+        self._format_briefly(ctx, formatter)
+        return formatter.getvalue()
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), self._all]
