@@ -79,7 +79,7 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{name:{left}}{_cut(_said(option), room - left)}\n")
         others = ", ".join(option.opts[0] for option in options if option not in own)
         formatter.write_paragraph()
-        formatter.write_text(f"Of one scenario or another: {others}. What each means: {ctx.command_path} --help-all.")
+        formatter.write_text(f"Of one scenario or another: {others}. --help-all says what each means.")
 
 
 def _name(option: click.Option) -> str:
