@@ -89,7 +89,7 @@ def stall(strategy: str = "shared", delayed: int = 0, **others: Any) -> dict[str
 
 def scale_out(strategy: str = "shared", factor: float = 1.0) -> dict[str, Any]:
     steps = [{"workers": k, "connections_per_s": 100.0 * factor * k, "share_of_linear": 1.0} for k in (1, 2, 4)]
-    return kill(strategy, scenario="scale-out", steps=steps)
+    return kill(strategy, scenario="scale-out", clients=8, connections=round(700 * factor), steps=steps)
 
 
 def row(name: str = "loading a pickle", factor: float = 1.0, **others: Any) -> dict[str, Any]:

@@ -264,6 +264,12 @@ def test_other_work_is_not_compared() -> None:
         compared(balance_file(steady(), work={"distribution": "fixed"}), balance_file(steady(), work={"distribution": "hyper"}))
 
 
+def test_a_closed_loop_is_the_same_however_many_connections_it_made() -> None:
+    runs = [kill(scenario="rolling", clients=24, connections=count) for count in (9000, 9100)]
+    assert not compared(balance_file(runs[0]), balance_file(runs[1])).only
+    assert len(records.grouped(runs)) == 1
+
+
 def test_another_machine_is_named() -> None:
     other = balance_file(steady())
     other["environment"] = ENVIRONMENT | {"kernel": "6.9", "fdpass": "0.2.0"}

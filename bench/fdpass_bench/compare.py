@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fdpass_bench.estimate import CONFIDENCE, student_t
-from fdpass_bench.records import Record, title_of
+from fdpass_bench.records import Record, asked, title_of
 from fdpass_bench.tables import Table, figure, unit_of
 
 Verdict = Literal["worse", "better", "no difference", "not judged"]
@@ -146,10 +146,14 @@ def _keyed(record: Record) -> dict[tuple[Any, ...], Mapping[str, Any]]:
     found = {}
     for run in record.runs:
         timed = "latency_ms" in run
-        asked = [work.get(name) for name in ("arrivals", "clients", "distribution", "work", "think")] if timed else [run.get("connections")]
+        given = (
+            [work.get(name) for name in ("arrivals", "clients", "distribution", "work", "think")]
+            if timed
+            else [asked(run), run.get("clients")]
+        )
         rate = run.get("load") or (work.get("rate") if timed else None)
         key = (run["scenario"], run["strategy"], run.get("workers"), run.get("service_seconds"), run.get("requests_per_connection"))
-        found[*key, _rounded(rate), *asked] = run
+        found[*key, _rounded(rate), *given] = run
     return found
 
 

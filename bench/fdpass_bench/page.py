@@ -135,7 +135,8 @@ def _parts(record: Record, named: str) -> list[_Part]:
         ]
         only = Record(record.name, record.kind, {**record.data, "runs": runs})
         counts = {run["connections"] * (run.get("repeats") or 1) for run in runs if run.get("connections")}
-        text = f"{_and([f'{count:,}'.replace(',', ' ') for count in sorted(counts)])} connections for each server." if counts else ""
+        ends = [f"{count:,}".replace(",", " ") for count in (sorted(counts)[:: max(1, len(counts) - 1)] if counts else [])]
+        text = f"{' to '.join(ends)} connections for each server." if ends else ""
         title = condition_of(runs[0])
         found.append(_Part(f"{named}{title[0].upper()}{title[1:]}", text, [one for one in drawn if one], tables_of(only)))
     return found

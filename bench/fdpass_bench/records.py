@@ -44,6 +44,7 @@ _OF_A_RUN: Mapping[str, Any] = {
     **dict.fromkeys(("arrived_while_frozen", "delayed", "rolls", "requests", "failed", "opened", "open_range_end"), int),
     **dict.fromkeys(("delayed_share", "delayed_share_split", "frozen_seconds", "longest_ms"), _NUMBER),
     **dict.fromkeys(("open_stdev", "open_stdev_end", "open_stdev_random", "open_range"), _NUMBER),
+    "clients": int,
     "roll_seconds": [_NUMBER],
     "steps": [{str: object}],
 }
@@ -235,9 +236,14 @@ def _is(value: Any, kind: Any) -> bool:
 # -------------------------------------------------------------------------------- what a run is called
 
 
+def asked(run: Mapping[str, Any]) -> int | None:
+    """How many connections were asked for; None of a closed loop, which makes as many as it can."""
+    return None if run.get("clients") or run.get("steps") else run.get("connections")
+
+
 def conditions(run: Mapping[str, Any]) -> tuple[Any, ...]:
     """What runs must have in common to stand in one table."""
-    return run["scenario"], run.get("workers"), run.get("load"), run.get("connections"), run.get("requests_per_connection")
+    return run["scenario"], run.get("workers"), run.get("load"), asked(run), run.get("requests_per_connection")
 
 
 def condition_of(run: Mapping[str, Any]) -> str:
