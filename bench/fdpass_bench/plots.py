@@ -368,7 +368,7 @@ _MARKS = {
     "kill": ("X", "killed"),
     "stall": ("s", "stalled"),
     "restart": ("P", "started again"),
-    "roll": (">", "rolled"),
+    "roll": (">", "replaced"),
     "resume": ("o", "goes on"),
 }
 
@@ -426,7 +426,7 @@ def over_time(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
     caption = (f"The first of {repeats} repeats. " if repeats > 1 else "") + "Lines that run together are workers that get the same."
     caption += " Marks on the time axis: what was done to a worker." if events else ""
     said = f"{len(drawn)} servers, {events} events" if events else f"{len(drawn)} servers"
-    return _plot(title, caption, said, 1.2 + 1.55 * len(drawn), draw, 1.6 + 1.55 * len(drawn))
+    return _plot(title, caption, said, 1.2 + 1.55 * len(drawn), draw, 2.6 + 1.55 * len(drawn))
 
 
 def _without_the_end(series: Mapping[str, Any]) -> dict[str, Any]:
