@@ -69,7 +69,7 @@ def balance(path: Path, *arguments: str, status: int = 0) -> list[dict[str, Any]
     done = run("balance", "--json", str(path), *arguments)
     assert done.returncode == status, done.stderr
     data = json.loads(path.read_text())
-    assert set(data) == {"schema", "environment", "runs"}
+    assert set(data) == {"schema", "environment", "runs", "verdict"}
     assert data["schema"] == 1
     assert {"kernel", "cpus", "python", "fdpass", "sysctls", "command", "time"} <= set(data["environment"])
     for one in data["runs"]:
