@@ -23,6 +23,7 @@ enum {
     AGAIN_MS = 5,       /* when a message is tried again for which the system had no room */
     PATIENCE_MS = 100,  /* how long a connection may lie unreceived while another worker asks for one */
     SLOW_MS = 1000,     /* how long a worker that left one lying is passed over */
+    BEAT_MS = 10,       /* how often it is looked at meanwhile */
     DEAF_MS = 50,       /* how long a worker that sends more than it should is not listened to */
     FLOOD = 64,         /* bytes at once that no worker of ours sends */
     FIRST_SIZE = 16,
@@ -40,7 +41,8 @@ struct line {
     long long base;     /* its ACCEPTED when it was attached: what is above is what it received */
     long long seen, since; /* received when we last looked; ns: since when it has had something unreceived without receiving any */
     long long ignored;  /* its ASKED when a connection had waited for it in vain; until it asks again nothing waits for it */
-    long long slow;     /* ns: until when it is passed over */
+    long long slow;     /* ns: until when it is passed over, unless it shows before that it runs */
+    long long beat;     /* its HEARTBEAT when that began */
     long long deaf;     /* ns: until when its bytes are not read */
 };
 
@@ -110,10 +112,20 @@ static long long outstanding(const struct fdp_dispatcher *d, int at) {
     return count < 0 ? 0 : count;
 }
 
+/* Whether a worker left one lying and has not been seen to run since. A busy machine may keep one waiting that is well. */
+static int passed_over(const struct fdp_dispatcher *d, int at, long long now) {
+    return d->line[at].slow > now && read_word(d, at, FDP_HEARTBEAT) == d->line[at].beat;
+}
+
+static void pass_over(struct fdp_dispatcher *d, int at, long long now) {
+    d->line[at].slow = now + ms(SLOW_MS);
+    d->line[at].beat = read_word(d, at, FDP_HEARTBEAT);
+}
+
 static int asks(const struct fdp_dispatcher *d, int at, long long now) {
     const struct line *line = &d->line[at];
     /* ASKED is read first: a worker counts what it received before it asks for more. */
-    return line->phase == LIVE && line->slow <= now && line->sent < read_word(d, at, FDP_ASKED) && outstanding(d, at) < d->credits;
+    return line->phase == LIVE && !passed_over(d, at, now) && line->sent < read_word(d, at, FDP_ASKED) && outstanding(d, at) < d->credits;
 }
 
 static long long load(const struct fdp_dispatcher *d, int at) {
@@ -126,7 +138,7 @@ static long long load(const struct fdp_dispatcher *d, int at) {
 /* Whether it may be worth waiting for this worker, which does not ask now. */
 static int may_ask(const struct fdp_dispatcher *d, int at, long long now) {
     long long asked = read_word(d, at, FDP_ASKED);
-    return d->line[at].phase == LIVE && d->line[at].slow <= now && asked > 0 && asked != d->line[at].ignored;
+    return d->line[at].phase == LIVE && !passed_over(d, at, now) && asked > 0 && asked != d->line[at].ignored;
 }
 
 /* Who gets the next connection: of those that ask, from the one behind the last on, the first or the least loaded. *above: that one's
@@ -331,7 +343,7 @@ static int hand_over(struct fdp_dispatcher *d, int at, int fd, long long now) {
     case -EINTR:
         break;
     case -EAGAIN: /* it says that it has received what it has not: what lies there is the system's bound */
-        line->slow = now + ms(SLOW_MS);
+        pass_over(d, at, now);
         break;
     case -ETOOMANYREFS: /* too many descriptors of this user are in flight: until somebody has received some */
     case -ENOBUFS:
@@ -399,8 +411,9 @@ static long long review(struct fdp_dispatcher *d, long long now, int *watch) {
         struct line *line = &d->line[at];
         if (line->phase != LIVE)
             continue;
-        if (line->slow > now && (!first || line->slow < first))
-            first = line->slow;
+        /* No event tells that it runs again. */
+        if (line->slow > now && (!first || now + ms(BEAT_MS) < first))
+            first = now + ms(BEAT_MS);
         if (!line->since)
             continue;
         if (!outstanding(d, at)) {
@@ -422,7 +435,7 @@ static long long review(struct fdp_dispatcher *d, long long now, int *watch) {
             continue;
         }
         if (line->since + ms(PATIENCE_MS) <= now) {
-            line->slow = now + ms(SLOW_MS);
+            pass_over(d, at, now);
             line->since = take_back(d, at, &d->stats.rescued) < 0 ? now : 0;
         } else if (!first || line->since + ms(PATIENCE_MS) < first) {
             first = line->since + ms(PATIENCE_MS);

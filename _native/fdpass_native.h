@@ -228,7 +228,7 @@ void fdp_claim_close(fdp_claim *claim);
 
 /* The board, as the dispatcher sees it: lines of FDP_WORDS words of 8 bytes, one for each worker and one more, whose first word is
  * FDP_HUNGRY. fdpass/_board.py says what the words mean. */
-enum { FDP_WORDS = 8, FDP_OPEN = 0, FDP_ACCEPTED = 1, FDP_LOAD = 4, FDP_ASKED = 6, FDP_HUNGRY = 0 };
+enum { FDP_WORDS = 8, FDP_OPEN = 0, FDP_ACCEPTED = 1, FDP_HEARTBEAT = 2, FDP_LOAD = 4, FDP_ASKED = 6, FDP_HUNGRY = 0 };
 
 /* Who gets the next connection, of those that have asked for one. */
 enum { FDP_ROUND_ROBIN = 0, FDP_LEAST_LOADED = 1 };

@@ -6,10 +6,11 @@ from __future__ import annotations
 import errno
 import socket
 import sys
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from fdpass import _syscall
-from fdpass._board import ACCEPTED
+from fdpass._board import ACCEPTED, HEARTBEAT
 from fdpass.listener import Listener, ListenSocket
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ class DispatchListener(Listener):
     def _nothing(self, code: int) -> None:
         """Why there was no connection."""
         if code in _WAIT:
+            # It was taken back, for it lay here too long: the dispatcher looks whether this worker runs again.
+            self._line[HEARTBEAT] = monotonic_ns()
             return
         if code in _FULL:
             self._leave()

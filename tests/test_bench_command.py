@@ -69,7 +69,7 @@ def balance(path: Path, *arguments: str, status: int = 0) -> list[dict[str, Any]
     done = run("balance", "--json", str(path), *arguments)
     assert done.returncode == status, done.stderr
     data = json.loads(path.read_text())
-    assert set(data) == {"schema", "environment", "runs"}
+    assert set(data) == {"schema", "environment", "runs", "verdict"}
     assert data["schema"] == 1
     assert {"kernel", "cpus", "python", "fdpass", "sysctls", "command", "time"} <= set(data["environment"])
     for one in data["runs"]:
@@ -250,10 +250,51 @@ def test_a_bad_argument_ends_the_process_with_2() -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize("command", [[], ["balance"], ["serve"], ["doctor"], ["who"]])
-def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [[], *([name] for name in sorted(cli.command.commands))])
+def test_help_fits_a_screen_and_has_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--help"]) == 0
-    assert re.search(r"Examples?:\n +fdpass-bench", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"Examples?:\n +fdpass-bench", out)
+    assert out.count("\n") <= 40
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_all_says_what_help_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["balance", "--help"]) == 0
+    assert "--help-all says what each means" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["balance", "--help-all"]) == 0
+    out = capsys.readouterr().out
+    for param in cli.command.commands["balance"].params:
+        assert param.opts[0] in out
+    assert "[0.01<=x<=0.99]" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", "balance"),
+        ("bal", "balance"),
+        ("balance --scen", "--scenario"),
+        ("balance --scenario k", "kill"),
+        ("balance --strategies shared,reuse", "shared,reuseport"),
+        ("balance --peer nginx,gran", "nginx,granian"),
+        ("pass --what carriers,st", "carriers,starts"),
+        ("report --mark", "--markdown"),
+    ],
+)
+def test_completion_is_clicks_own(words: str, expected: str) -> None:
+    environment = {**os.environ, "_FDPASS_BENCH_COMPLETE": "bash_complete", "COMP_WORDS": f"fdpass-bench {words}"}
+    environment["COMP_CWORD"] = str(max(1, len(words.split())))
+    done = run(env=environment)
+    assert done.returncode == 0, done.stderr
+    assert expected in [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+def test_the_line_in_the_help_turns_completion_on() -> None:
+    assert "_FDPASS_BENCH_COMPLETE=bash_source" in run("--help").stdout
+    done = run(env={**os.environ, "_FDPASS_BENCH_COMPLETE": "fish_source"})
+    assert done.returncode == 0
+    assert "complete" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------- serve and who
@@ -351,3 +392,15 @@ def test_doctor_says_what_to_do_about_a_low_limit() -> None:
     assert done.returncode == 0, done.stdout
     assert re.search(r"^note +RLIMIT_NOFILE +200 soft", done.stdout, re.MULTILINE)
     assert "LimitNOFILE=" in done.stdout
+
+
+def test_doctor_says_what_to_do_in_the_line_after_each_lack() -> None:
+    done = subprocess.run(["sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *COMMAND, "doctor"], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    noted = [number for number, line in enumerate(lines) if re.match(r"(note|lack) ", line)]
+    assert noted
+    for number in noted:
+        # What was found may be longer than a line.
+        following = next(line for line in lines[number + 1 :] if re.match(r"\S| +-> ", line))
+        assert following.lstrip().startswith("-> "), lines[number]
+    assert "Worth a look: " in " ".join(done.stdout.split())

@@ -38,15 +38,29 @@ FLOORS = [
     {"fdpass_bench", "fdpass_bench._loadgen"},
     {
         f"fdpass_bench.{name}"
-        for name in ("answer", "contenders", "estimate", "loadgen", "measure", "peers", "peer_apps.application", "sockdiag", "theory")
+        for name in (
+            "answer",
+            "contenders",
+            "estimate",
+            "loadgen",
+            "measure",
+            "peers",
+            "peer_apps.application",
+            "records",
+            "sockdiag",
+            "theory",
+            "waiting",
+        )
     },
-    {"fdpass_bench.answer_async", "fdpass_bench.clients", "fdpass_bench.price"},
-    {"fdpass_bench.strategy"},
+    {f"fdpass_bench.{name}" for name in ("answer_async", "clients", "curves", "price", "screens", "tables")},
+    {"fdpass_bench.compare", "fdpass_bench.strategy"},
+    {"fdpass_bench.formats", "fdpass_bench.plots"},
+    {"fdpass_bench.page"},
     {"fdpass_bench.runs", "fdpass_bench.steady", "fdpass_bench.serve"},
     {"fdpass_bench.sharing", "fdpass_bench.longlived", "fdpass_bench.loaded", "fdpass_bench.figures", "fdpass_bench.scenario_tables"},
     {"fdpass_bench.balance"},
     {"fdpass_bench.report"},
-    {"fdpass_bench.doctor", "fdpass_bench.who"},
+    {"fdpass_bench.doctor", "fdpass_bench.publish", "fdpass_bench.who"},
     {"fdpass_bench.cli"},
     {"fdpass_bench.__main__"},
 ]
@@ -211,7 +225,7 @@ def after(run_python):
     return lambda statement: json.loads(run_python(WATCH.format(statement=statement)).stdout)
 
 
-HEAVY = {"asyncio", "click", "rich", "psutil", "multiprocessing", "fdpass_bench", "subprocess", "ssl", "concurrent"}
+HEAVY = {"asyncio", "click", "jinja2", "matplotlib", "rich", "psutil", "multiprocessing", "fdpass_bench", "subprocess", "ssl", "concurrent"}
 
 
 def test_importing_it_starts_nothing_and_loads_little(after):

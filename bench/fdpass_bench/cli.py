@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -15,6 +14,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fdpass_bench import screens
 
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
@@ -53,6 +54,19 @@ def _strategies(ctx: click.Context, param: click.Parameter, text: str) -> list[S
     return list(dict.fromkeys(_strategy(ctx, param, one) for one in text.split(",")))
 
 
+def _every_strategy() -> list[str]:
+    from fdpass_bench.strategy import ORDERS, PROGRAMS
+
+    orders = [f"{name}:{order}" for name, orders in ORDERS.items() for order in orders]
+    return [*ORDERS, *orders, *(f"shared:{program}" for program in PROGRAMS)]
+
+
+def _every_peer() -> list[str]:
+    from fdpass_bench.peers import PEERS
+
+    return list(PEERS)
+
+
 def _targets(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> list[Target]:
     if not texts:
         return []
@@ -89,6 +103,7 @@ class _Number(click.FloatRange):
 _json = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the figures to it; - is standard output."
 )
+_html = click.option("--html", "html_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write one self-contained page to it.")
 _workers = click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="How many worker processes.")
 
 
@@ -105,7 +120,13 @@ def command(ctx: click.Context) -> int:
       fdpass-bench
       fdpass-bench balance --strategies shared,reuseport --scenario kill
       fdpass-bench serve 127.0.0.1:8000 --workers 4
+      fdpass-bench report before.json after.json
       fdpass-bench who 8000
+
+    \b
+    Completion, for the shell's start-up file (zsh: zsh_source):
+      eval "$(_FDPASS_BENCH_COMPLETE=bash_source fdpass-bench)"
+      _FDPASS_BENCH_COMPLETE=fish_source fdpass-bench | source
     """
     if ctx.invoked_subcommand is not None:
         return 0
@@ -114,11 +135,12 @@ def command(ctx: click.Context) -> int:
     return _measure(_plans([Strategy.parse(text) for text in _DEMONSTRATION], _FIRST, 4, None, 10.0, None), None)
 
 
-@command.command(short_help="Measure how strategies share connections out, and what they lose.")
+@command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
 @click.option(
     "--strategies",
     metavar="LIST",
     callback=_strategies,
+    shell_complete=screens.listed(_every_strategy),
     default=",".join(_DEMONSTRATION),
     help="Separated by commas, see above.  [default: shared,reuseport,reuseport-bare; steady: shared,reuseport]",
 )
@@ -136,6 +158,7 @@ def command(ctx: click.Context) -> int:
     help="In each run; long-lived: open at a time.  [default: 60 idle, 400 burst, 200 kill, 1000 long-lived, 4000 steady or those of 6 s]",
 )
 @_json
+@_html
 @click.option(
     "--service-ms",
     type=_Number(0, 10000),
@@ -177,7 +200,15 @@ def command(ctx: click.Context) -> int:
 @click.option("--seed", type=click.IntRange(0, 2**31), default=None, help="The same seed is the same work.  [default: 1]")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=None, help="steady: runs of each server, in ABBA order.  [default: 2]")
 @click.option("--target", "targets", metavar="HOST:PORT", multiple=True, callback=_targets, help="steady: a server that runs already.")
-@click.option("--peer", "peers", metavar="LIST", multiple=True, callback=_peers, help="steady: start nginx, uvicorn, node ... and compare.")
+@click.option(
+    "--peer",
+    "peers",
+    metavar="LIST",
+    multiple=True,
+    callback=_peers,
+    shell_complete=screens.listed(_every_peer),
+    help="steady: start nginx, uvicorn, node ... and compare.",
+)
 @click.pass_context
 def balance(
     ctx: click.Context,
@@ -187,6 +218,7 @@ def balance(
     scenario: str | None,
     connections: int | None,
     json_file: str | None,
+    html_file: str | None,
     service_ms: float | None,
     time_limit: float | None,
     bursts: int | None,
@@ -263,8 +295,8 @@ def balance(
         raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
     if service_ms is not None and scenarios == ["long-lived"]:
         raise click.UsageError("--service-ms has no meaning in long-lived, whose connections stay until they are closed")
-    _refuse_unwritable(json_file)
-    return _measure(plans, json_file, work, servers)
+    _refuse_unwritable(json_file, html_file)
+    return _measure(plans, json_file, work, servers, html_file)
 
 
 def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
@@ -297,12 +329,13 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     return parse
 
 
-@command.command("pass", short_help="Measure what passing a descriptor costs.")
+@command.command("pass", cls=screens.Command, short_help="Measure what passing a descriptor costs.")
 @click.option(
     "--what",
     metavar="LIST",
     multiple=True,
     callback=_of("comparison", _PRICES),
+    shell_complete=screens.listed(lambda: _PRICES),
     help=f"Of {', '.join(_PRICES)}.  [default: all]",
 )
 @click.option(
@@ -311,6 +344,7 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     metavar="LIST",
     multiple=True,
     callback=_of("start method", multiprocessing.get_all_start_methods()),
+    shell_complete=screens.listed(multiprocessing.get_all_start_methods),
     help=f"starts: of {', '.join(multiprocessing.get_all_start_methods())}.  [default: all]",
 )
 @click.option("--sender", type=click.Choice(["idle", "busy", "both"]), default=None, help="carriers: what it does.  [default: both]")
@@ -323,6 +357,7 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     help="outstanding: made and claimed, to see what grows.  [default: 100000]",
 )
 @_json
+@_html
 @click.pass_context
 def pass_(
     ctx: click.Context,
@@ -334,6 +369,7 @@ def pass_(
     repeats: int,
     tickets: int | None,
     json_file: str | None,
+    html_file: str | None,
 ) -> int:
     """Measures what passing a descriptor costs, with fdpass, the standard library and C in turns.
 
@@ -360,14 +396,51 @@ def pass_(
     from fdpass_bench.price import Plan as PricePlan
 
     senders = ["idle", "busy"] if sender in (None, "both") else [str(sender)]
-    _refuse_unwritable(json_file)
-    return _price(PricePlan(what or list(_PRICES), methods, senders, count, repeats, 100_000 if tickets is None else tickets), json_file)
+    _refuse_unwritable(json_file, html_file)
+    plan = PricePlan(what or list(_PRICES), methods, senders, count, repeats, 100_000 if tickets is None else tickets)
+    return _price(plan, json_file, html_file)
 
 
-@command.command(short_help="Answer HTTP requests with the worker's index.")
+@command.command(cls=screens.Command, short_help="Show and compare files that --json wrote.")
+@click.argument("files", metavar="A.json [B.json ...]", nargs=-1, required=True, type=click.Path())
+@_html
+@click.option("--csv", "csv_file", type=click.Path(dir_okay=False, allow_dash=True), help="One line for each run; - is standard output.")
+@click.option("--markdown", "markdown_file", type=click.Path(dir_okay=False, allow_dash=True), help="For an issue; - is standard output.")
+def report(files: Sequence[str], html_file: str | None, csv_file: str | None, markdown_file: str | None) -> int:
+    """Shows what a JSON file of balance or pass says; with several files, what changed since the first, and whether it got worse.
+
+    \b
+    worse, better  surer than 95 % for all that is judged together
+    not judged     figures without an interval
+
+    The exit status is 1 when a run is INVALID or something got worse, 2 when a file is not what it should be.
+
+    \b
+    Examples:
+      fdpass-bench report steady.json --html steady.html
+      fdpass-bench report before.json after.json
+      fdpass-bench report before.json after.json --markdown - >> issue.md
+    """
+    from fdpass_bench import publish
+
+    try:
+        return publish.report(files, html_file, csv_file, markdown_file)
+    except publish.PublishError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@command.command(cls=screens.Command, short_help="Answer HTTP requests with the worker's index.")
 @click.argument("address", default="127.0.0.1:8000")
 @_workers
-@click.option("--strategy", metavar="NAME", callback=_strategy, default="shared", show_default=True, help="NAME or NAME:ORDER.")
+@click.option(
+    "--strategy",
+    metavar="NAME",
+    callback=_strategy,
+    shell_complete=screens.listed(_every_strategy),
+    default="shared",
+    show_default=True,
+    help="NAME or NAME:ORDER.",
+)
 def serve(address: str, workers: int, strategy: Strategy) -> int:
     """Answers each HTTP request with its worker's index, until Ctrl-C or SIGTERM.
 
@@ -387,7 +460,7 @@ def serve(address: str, workers: int, strategy: Strategy) -> int:
             raise click.UsageError(str(error)) from error
 
 
-@command.command(short_help="Try what this machine allows.")
+@command.command(cls=screens.Command, short_help="Try what this machine allows.")
 def doctor() -> int:
     """Tries what this machine allows and says what to do about each lack.
 
@@ -402,12 +475,20 @@ def doctor() -> int:
     return examination.show()
 
 
-@command.command(short_help="Show who listens on a port, and the queues.")
+@command.command(cls=screens.Command, short_help="Show who listens on a port, and the queues.")
 @click.argument("port", type=click.IntRange(1, 65535))
 def who(port: int) -> int:
-    """Shows which processes hold the listening sockets of a TCP port, with the queue and the limit of each socket.
+    """Shows which processes hold the listening sockets of a TCP port, how they share it, and the queue and limit of each socket.
 
-    The exit status is 1 when nothing listens there.
+    \b
+    waits     a thread sleeps until a connection comes
+    busy      its epoll has the socket, but no thread was waiting there
+    holds it  it has the socket open, and does nothing about it
+
+    A black hole, a socket that nobody accepts from, is warned of: no holder was seen waiting for a second, or its queue stood while others
+    emptied. It is told from the processes' epolls and from where their threads sleep.
+
+    The exit status is 1 when nothing listens there, or a socket is a black hole.
 
     \b
     Example:
@@ -520,7 +601,13 @@ def _work(
     )
 
 
-def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = None, servers: Sequence[Server] = ()) -> int:
+def _measure(
+    plans: Sequence[Plan],
+    json_file: str | None,
+    work: Work | None = None,
+    servers: Sequence[Server] = (),
+    html_file: str | None = None,
+) -> int:
     from fdpass_bench import figures, report, steady
     from fdpass_bench.balance import measure_run
 
@@ -550,8 +637,8 @@ def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = N
             interrupted = signals.seen[0] if signals.seen else signal.SIGINT
         # Interrupted before its turn, steady has nothing to show.
         study = figures.study(work, servers, trials, calibration) if work is not None and (trials or not runs) else None
-        report.show(runs, study, sys.stderr if json_file == "-" else sys.stdout)
-        _write(json_file, report.as_json(runs, study, began, bool(interrupted)))
+        report.show(runs, study, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
+        _write(json_file, html_file, report.as_json(runs, study, began, bool(interrupted)))
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
             print(f"fdpass-bench: interrupted; {len(runs) + len(trials)} of {len(counts)} runs were measured.", file=sys.stderr)
@@ -559,7 +646,7 @@ def _measure(plans: Sequence[Plan], json_file: str | None, work: Work | None = N
     return 0 if all(run.valid for run in runs) and (study is None or study.valid) else 1
 
 
-def _price(plan: PricePlan, json_file: str | None) -> int:
+def _price(plan: PricePlan, json_file: str | None, html_file: str | None) -> int:
     from fdpass_bench import price, report
 
     began = time.time()
@@ -573,8 +660,8 @@ def _price(plan: PricePlan, json_file: str | None) -> int:
             signals.noted_only = True
         except KeyboardInterrupt:
             interrupted = signals.seen[0] if signals.seen else signal.SIGINT
-        report.show_prices(found, sys.stderr if json_file == "-" else sys.stdout)
-        _write(json_file, report.prices_as_json(found, began, bool(interrupted)))
+        report.show_prices(found, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
+        _write(json_file, html_file, report.prices_as_json(found, began, bool(interrupted)))
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
             print(f"fdpass-bench: interrupted; {found.over} of {len(counts)} comparisons were measured.", file=sys.stderr)
@@ -582,28 +669,24 @@ def _price(plan: PricePlan, json_file: str | None) -> int:
     return 0 if found.complete else 1
 
 
-def _refuse_unwritable(json_file: str | None) -> None:
+def _refuse_unwritable(json_file: str | None, html_file: str | None = None) -> None:
     """An answer that cannot be written is found out before the minute of measuring."""
-    if json_file not in (None, "-"):
-        try:
-            with open(str(json_file), "a"):
-                pass
-        except OSError as error:
-            raise click.UsageError(f"cannot write {json_file}: {error.strerror}") from error
+    from fdpass_bench import publish
 
-
-def _write(json_file: str | None, found: dict[str, Any]) -> None:
-    if json_file is None:
-        return
-    text = json.dumps(found, indent=2) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-        return
     try:
-        with open(json_file, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise click.ClickException(f"cannot write {json_file}: {error.strerror}") from error
+        publish.refuse_unwritable(json_file, html_file)
+    except publish.PublishError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _write(json_file: str | None, html_file: str | None, found: dict[str, Any]) -> None:
+    from fdpass_bench import publish
+
+    try:
+        publish.write_json(json_file, found)
+        publish.write_page(html_file, found, json_file)
+    except publish.PublishError as error:
+        raise click.ClickException(str(error)) from error
 
 
 class _Signals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import importlib.util
 import mmap
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ _SO_PASSRIGHTS = 83
 _ENOUGH_DESCRIPTORS = 4096
 _ENOUGH_BACKLOG = 1024
 _ENOUGH_BUFFER = 65536  # bytes
+_ENOUGH_PORTS = 16000
 
 State = Literal["ok", "lack", "note"]
 
@@ -50,6 +52,7 @@ def examine() -> Iterator[Finding]:
     yield from _start_methods()
     yield from _limits()
     yield from _sysctls()
+    yield from _instruments()
 
 
 def show() -> int:
@@ -64,15 +67,16 @@ def show() -> int:
     colours = {"ok": "", "lack": "red", "note": "yellow"}
     for finding in findings:
         table.add_row(finding.state, finding.name, finding.found, style=colours[finding.state])
-    out.print(table)
-    for finding in findings:
         if finding.remedy:
-            out.print(f"{finding.name}: {finding.remedy}")
+            # Below what it is about, where it is looked for.
+            table.add_row("", "", f"-> {finding.remedy}")
+    out.print(table)
     lacks = [finding.name for finding in findings if finding.state == "lack"]
     if lacks:
         out.print(f"fdpass cannot work here: {', '.join(lacks)}.")
         return 1
-    out.print("All that fdpass needs is here.")
+    notes = [finding.name for finding in findings if finding.state == "note"]
+    out.print("All that fdpass needs is here." + (f" Worth a look: {', '.join(notes)}." if notes else ""))
     return 0
 
 
@@ -236,6 +240,29 @@ def _start_methods() -> Iterator[Finding]:
         else:
             ended = "did not end within 30 s" if code is None else f"ended with {code}"
             yield Finding(failing, f"start by {method}", f"a process {ended}", remedy)
+
+
+def _instruments() -> Iterator[Finding]:
+    """What only this command needs."""
+    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding("note", "pages (--html)", f"{' and '.join(missing)} missing", "pip install 'fdpass[bench]'")
+    else:
+        yield Finding("ok", "pages (--html)", "jinja2 and matplotlib are here")
+    try:
+        with open("/proc/self/syscall", encoding="ascii") as file:
+            file.read()
+        yield Finding("ok", "who waits", "the kernel tells where threads sleep: who can warn of black holes")
+    except OSError as error:
+        remedy = "run who as root, or with sysctl -w kernel.yama.ptrace_scope=0, for its warnings of black holes"
+        yield Finding("note", "who waits", f"where threads sleep is not to be seen: {error.strerror}", remedy)
+    low, high = measure.local_ports()
+    found = f"{high - low + 1} local ports, {low} to {high}"
+    if high - low < _ENOUGH_PORTS:
+        remedy = 'a long run against a server that is not on loopback may find none: sysctl -w net.ipv4.ip_local_port_range="10240 65535"'
+        yield Finding("note", "ip_local_port_range", found, remedy)
+    else:
+        yield Finding("ok", "ip_local_port_range", found)
 
 
 def _limits() -> Iterator[Finding]:

@@ -4,13 +4,13 @@ It computes and judges; it measures nothing and prints nothing."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import pstdev
-from typing import Any
+from typing import Any, TypeVar
 
-from fdpass_bench import estimate, theory
+from fdpass_bench import curves, estimate, theory
 from fdpass_bench.loadgen import OUTCOMES, Histogram
 from fdpass_bench.steady import Server, Trial, Work
 
@@ -19,6 +19,7 @@ _LAG_FLOOR = 0.00025  # seconds: where the service time is not known, lag below 
 _BUSY_SHARE = 0.95  # of the time that a closed loop's generator may compute before the rate is its own
 _RATE_SHARE = 0.99  # of the offered rate must be achieved
 _LOST_SHARE = 0.01  # of the requests may have no answer before the latency of the others says nothing
+_T = TypeVar("_T")
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
 
 
@@ -40,6 +41,7 @@ class Figures:
     requests_per_worker: list[int]
     prediction: theory.Prediction | None = None
     bound: theory.Prediction | None = None
+    curve: dict[str, list[float]] | None = None  # the latency at each percentile, in ms
     occupied: tuple[float, float] | None = None  # mean and squared coefficient of variation
     reasons: list[str] = field(default_factory=list)
 
@@ -128,6 +130,9 @@ class Figures:
             "achieved_per_s": _rounded(_mean_of(trial.achieved_per_s for trial in self.trials)),
             "ci": self._interval_json(),
             "theory": self._theory_json(),
+            "load": _rounded(self.work.load),
+            "latency_curve": self.curve,
+            "series": self._series_json(),
             "occupied_ms": {"mean": _rounded(self.occupied[0] * 1e3), "cv2": _rounded(self.occupied[1])} if self.occupied else None,
             "utilisation": _rounded(self.utilisation),
             "listen_overflows": sum(trial.overflows for trial in self.trials),
@@ -137,6 +142,11 @@ class Figures:
             "valid": self.valid,
             "invalid_reason": "; ".join(self.reasons) or None,
         }
+
+    def _series_json(self) -> list[dict[str, Any]]:
+        workers = self.work.workers
+        named = [(trial.repeat, _places(trial.taken_at, workers)) for trial in self.trials if trial.taken_at]
+        return [{"repeat": repeat + 1, **curves.series(at, workers)} for repeat, at in named]
 
     def _outcome_times(self) -> dict[str, dict[str, float]]:
         times = {}
@@ -175,6 +185,7 @@ class Figures:
             if self.server.discipline == "split" and self.per_worker
             else None,
             "share_of_one_queue_bound": _rounded(self.share_of_bound),
+            "latency_curve": curves.of_theory(self.prediction, self.bound),
             "measured_over_theory": _rounded(self.latency["mean"] / self.prediction.mean) if self.latency else None,
         }
 
@@ -211,6 +222,7 @@ def figures_of(server: Server, work: Work, trials: Sequence[Trial], calibration:
         interval=estimate.interval(kept) if answered else None,
         per_worker=_by_worker([trial.connections_of for trial in trials], work.workers),
         requests_per_worker=_by_worker([trial.requests_of for trial in trials], work.workers),
+        curve=curves.of_values(answered),
     )
     if calibration is not None and (lost := _lost(calibration)):
         found.reasons.append(f"the calibration failed: {lost}")
@@ -235,15 +247,18 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
     return found | {"max": histogram.max / 1e9}
 
 
-def _by_worker(counts: Sequence[dict[int, int]], workers: int) -> list[int]:
+def _places(of_worker: Mapping[int, _T], workers: int) -> dict[int, _T]:
     """Our workers answer with their index. Others answer with their pid, another one in each repeat: these in the order of the pids."""
+    ours = all(worker < workers for worker in of_worker)
+    return {worker if ours else place: of_worker[worker] for place, worker in enumerate(sorted(of_worker))}
+
+
+def _by_worker(counts: Sequence[dict[int, int]], workers: int) -> list[int]:
     total = [0] * workers
     for count in counts:
-        ours = all(worker < workers for worker in count)
-        for place, worker in enumerate(sorted(count)):
-            at = worker if ours else place
+        for at, number in _places(count, workers).items():
             total += [0] * (at + 1 - len(total))
-            total[at] += count[worker]
+            total[at] += number
     return total if any(total) else []
 
 

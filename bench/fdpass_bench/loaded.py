@@ -130,6 +130,15 @@ def stall(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
         "delayed_share": rounded(delayed / arrived) if arrived else None,
         # At half load a queue that nobody serves for a second takes another half to be worked off: whoever was hashed to it waits.
         "delayed_share_split": rounded(1 / plan.workers),
+        "events": [
+            {
+                "repeat": 1,
+                "what": "stall",
+                "worker": 0,
+                "at_seconds": rounded((frozen - result.began) / 1e9),
+                "until_seconds": rounded((thawed - result.began) / 1e9),
+            }
+        ],
         "longest_ms": rounded(max((end - due for due, end in zip(scheduled, over, strict=True) if end), default=0) / 1e6),
     }
     lags = sorted(late - due for due, late in zip(scheduled, begun, strict=True) if late)
@@ -170,6 +179,7 @@ def _continue(pid: int) -> None:
 def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
     """All workers are replaced, several times, under a closed loop. Raises Unmeasurable."""
     took: list[float] = []
+    rolled_at: list[float] = []  # CLOCK_MONOTONIC seconds
     began = time.monotonic()
     deadline = began + plan.time_limit
     trouble, used_up = None, False
@@ -182,6 +192,7 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
                 if used_up := load.over:
                     break
                 try:
+                    rolled_at.append(time.monotonic())
                     took.append(_roll(group))
                 except (Unmeasurable, OSError, RuntimeError, fdpass.FdPassError) as error:
                     trouble = f"roll {len(took) + 1}: {error}"
@@ -199,6 +210,16 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
         "roll_seconds": [rounded(one) for one in took],
         "requests": requests,
         "failed": requests - run.outcomes["ok"],
+        "events": [
+            {
+                "repeat": 1,
+                "what": "roll",
+                "worker": None,
+                "at_seconds": rounded(at - result.began / 1e9),
+                "until_seconds": rounded(at - result.began / 1e9 + one),
+            }
+            for at, one in zip(rolled_at, took, strict=False)
+        ],
     }
     if trouble is not None:
         raise Unmeasurable(trouble)

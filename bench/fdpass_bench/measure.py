@@ -81,6 +81,15 @@ def sysctl(name: str) -> int | None:
         return None
 
 
+def local_ports() -> tuple[int, int]:
+    """The first and the last port that a client is given; those of every Linux where this one hides them."""
+    try:
+        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    except OSError:
+        return 32768, 60999
+    return int(low), int(high)
+
+
 def cpu_seconds(pid: int) -> float:
     """Processor time of all living threads of a process, to the nanosecond. Raises FileNotFoundError when it is gone."""
     total = 0

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from operator import attrgetter
@@ -439,13 +439,15 @@ def _side_json(row: price.Row, side: price.Side | None) -> dict[str, Any] | None
     }
 
 
-def as_json(runs: Iterable[Run], study: Study | None, began: float, interrupted: bool) -> dict[str, Any]:
+def as_json(runs: Sequence[Run], study: Study | None, began: float, interrupted: bool) -> dict[str, Any]:
     """`began`: seconds since the epoch."""
     found: dict[str, Any] = {
         "schema": 1,
         "environment": _environment(began, interrupted),
         "runs": [run.as_json() for run in runs] + [one.as_json() for one in (study.figures if study else [])],
     }
+    if runs:
+        found["verdict"] = verdict(runs)
     if study is not None:
         work = asdict(study.work) | {"load": study.work.load}
         found |= {

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import fdpass
-from fdpass_bench import loadgen
+from fdpass_bench import curves, loadgen
 from fdpass_bench.clients import OUTCOMES
 from fdpass_bench.strategy import Manner, Strategy
 
@@ -119,6 +119,7 @@ class Run:
                 found["timeout"] += 1
             if outcome == 0 and 0 <= worker < len(self.per_worker):
                 self.per_worker[worker] += 1
+        self.figures["series"] = [{"repeat": 1, **curves.series(_taken_at(result), len(self.per_worker))}]
         before, after = found.pop("reset_before_accept"), found.pop("reset_after_accept")
         self.outcomes = {"ok": found.pop("ok"), "refused": found.pop("refused"), "reset": before + after, **found}
         self.figures["resets"] = {"before_accept": before, "after_accept": after}
@@ -151,6 +152,15 @@ class Run:
             "valid": self.valid,
             "invalid_reason": self.invalid_reason,
         }
+
+
+def _taken_at(result: loadgen.Result) -> dict[int, list[float]]:
+    """By worker, when it took each request that was answered: seconds since the generator began."""
+    found: dict[int, list[float]] = {}
+    for outcome, worker, accepted, answered in zip(result.outcome, result.worker, result.accepted, result.answered, strict=True):
+        if outcome == 0 and worker >= 0:
+            found.setdefault(worker, []).append(((accepted or answered) - result.began) / 1e9)
+    return found
 
 
 class Unmeasurable(Exception):

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 
 import fdpass
-from fdpass_bench import measure, sockdiag
-from fdpass_bench.clients import Clients
-from fdpass_bench.runs import Plan, Run, Unmeasurable, max_over_mean
+from fdpass_bench import curves, measure, sockdiag
+from fdpass_bench.clients import Client, Clients
+from fdpass_bench.runs import Plan, Run, Unmeasurable, max_over_mean, rounded
 
 _GAP = 0.004  # seconds between two spaced connections: a worker is back in its wait long before
 _SETTLE = 0.1  # seconds for what is left of the workers' start; an event loop says that it is ready before it is set up
@@ -31,8 +31,21 @@ def play(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
         stop_timeout=2.0,  # a worker may be holding a connection that nobody waits for any more
     ) as group:
         host, _, port = str(group.endpoint).rpartition(":")
-        with Clients((host, int(port)), http=plan.strategy.speaks_http, service=plan.service_seconds) as clients:
-            _Scene(plan, run, group, clients, ended).play()
+        taken_at: dict[int, list[float]] = {}
+
+        def answered(client: Client) -> None:
+            if client.index is not None:
+                taken_at.setdefault(client.index, []).append(time.monotonic())
+
+        http, service = plan.strategy.speaks_http, plan.service_seconds
+        with Clients((host, int(port)), http=http, service=service, answered=answered) as clients:
+            scene = _Scene(plan, run, group, clients, ended)
+            try:
+                scene.play()
+            finally:
+                run.figures["series"] = [
+                    {"repeat": 1, **curves.series({k: [one - scene.began for one in at] for k, at in taken_at.items()}, plan.workers)}
+                ]
 
 
 class _Scene:
@@ -44,6 +57,7 @@ class _Scene:
         self.group = group
         self.clients = clients
         self.ended = ended
+        self.began = time.monotonic()
         self.accepted_by_victims: set[int] = set()  # the clients' ports
         self.switches = measure.Switches(worker.pid for worker in group.stats())
         self.ticks = plan.strategy.program == "uvicorn"
@@ -51,7 +65,7 @@ class _Scene:
     def play(self) -> None:
         idle_rate = self._idle_rate()
         before = self.switches.total()
-        began = time.monotonic()
+        self.began = began = time.monotonic()
         self.deadline = began + self.plan.time_limit
         try:
             {"idle": self._idle, "burst": self._burst, "kill": self._kill}[self.plan.scenario]()
@@ -172,11 +186,16 @@ class _Scene:
             raise Unmeasurable(f"worker {index} (pid {pid}) could not be looked into before it was killed: {error}") from error
         finally:
             _kill(pid)
+        self._event("kill", index)
         self.accepted_by_victims |= {port for port, inode in ends.items() if inode in held}
         dispatched = self.plan.strategy.name == "dispatch"
         # What a dispatcher has sent and no worker has received has an inode, and is nobody's yet.
         self.run.queued_at_kills.append(sum(inode == 0 or (dispatched and inode not in owned) for inode in ends.values()))
         self.run.victims_queues.append(queue)
+
+    def _event(self, what: str, worker: int) -> None:
+        event = {"repeat": 1, "at_seconds": rounded(time.monotonic() - self.began), "what": what, "worker": worker}
+        self.run.figures.setdefault("events", []).append(event)
 
     def _held_by_workers(self) -> set[int]:
         """The sockets of all workers, where a connection may be in nobody's hands although it was accepted."""
@@ -200,6 +219,7 @@ class _Scene:
             if not self.clients.under_way:
                 time.sleep(0.005)
         self.run.restarts += 1
+        self._event("restart", index)
         self.switches.see(worker.pid)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -192,6 +193,7 @@ class Trial:
     occupied: list[float] = field(default_factory=list)
     connections_of: dict[int, int] = field(default_factory=dict)  # by worker, as its answers name it
     requests_of: dict[int, int] = field(default_factory=dict)
+    taken_at: dict[int, array[float]] = field(default_factory=dict)  # by worker: when it took each request, since the first was due
     offered_per_s: float | None = None
     achieved_per_s: float | None = None
     begun_per_s: float = 0.0
@@ -295,6 +297,7 @@ def _take(trial: Trial, result: loadgen.Result, work: Work, believed: bool) -> N
         else:
             accepted[row] = 0  # nothing is known: of somebody else's server, though its answers look like ours, or by another clock
         if worker[row] >= 0:
+            trial.taken_at.setdefault(worker[row], array("d")).append(((accepted[row] or ended[row]) - scheduled[0]) / 1e9)
             trial.requests_of[worker[row]] = trial.requests_of.get(worker[row], 0) + 1
             if row % requests == 0:
                 trial.connections_of[worker[row]] = trial.connections_of.get(worker[row], 0) + 1

@@ -10,7 +10,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, count, pairwise
 from typing import Literal
@@ -38,6 +38,7 @@ class Prediction:
 
     how: "closed form" (exact, if by a numerical inversion), "approximation", or "simulated".
     standard_error: of mean_wait, and so of mean, by batch means; 0.0 unless simulated.
+    tail(t): the probability of a response longer than t seconds.
     """
 
     mean: float
@@ -48,6 +49,11 @@ class Prediction:
     p99_9: float
     how: How
     standard_error: float = 0.0
+    tail: Callable[[float], float] = field(default=lambda t: 0.0, repr=False, compare=False)
+
+    def quantiles(self, above: Sequence[float]) -> list[float]:
+        """The responses that these shares of all are above, to four digits. `above` falls."""
+        return _quantiles(self.tail, self.mean, above, 18)
 
 
 @dataclass(frozen=True)
@@ -274,22 +280,26 @@ def _moments(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _prediction(mean: float, mean_wait: float, tail: Callable[[float], float], how: How, standard_error: float = 0.0) -> Prediction:
+    p50, p90, p99, p99_9 = _quantiles(tail, mean, (0.5, 0.1, 0.01, 0.001), 36)
+    return Prediction(mean, mean_wait, p50, p90, p99, p99_9, how, standard_error, tail)
+
+
+def _quantiles(tail: Callable[[float], float], mean: float, above: Sequence[float], halvings: int) -> list[float]:
     high = max(mean, 1e-9)
     low = 0.0
     quantiles = []
-    for above in (0.5, 0.1, 0.01, 0.001):
-        while tail(high) > above:
+    for share in above:
+        while tail(high) > share:
             low, high = high, 2 * high
-        for _ in range(36):
+        for _ in range(halvings):
             middle = (low + high) / 2
-            if tail(middle) > above:
+            if tail(middle) > share:
                 low = middle
             else:
                 high = middle
         quantiles.append(high)
         low = high  # the next quantile is not below this one
-    p50, p90, p99, p99_9 = quantiles
-    return Prediction(mean, mean_wait, p50, p90, p99, p99_9, how, standard_error)
+    return quantiles
 
 
 def _two_moments(waiting: float, time_per_place: float, load: float, mean: float, cv2: float) -> Prediction:

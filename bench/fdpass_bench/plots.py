@@ -1,0 +1,721 @@
+"""The pictures of a page: matplotlib draws them as SVG, and their colours become the page's own, so that they follow it into the dark.
+Each has a title, units on its axes and a legend, and is drawn twice: for a wide page and for a phone."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from fdpass_bench.compare import Comparison
+from fdpass_bench.records import condition_of
+from fdpass_bench.tables import WHAT, figure, paid, unit_of
+
+# Building the cache of fonts, once, is nobody's news.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+#: Okabe and Ito's colours, which differ for every kind of colour blindness, in an order that differs in lightness as well; the page has
+#: them as --c0, --c1 ... and lighter ones in the dark. Each comes with a marker and a dash of its own, so that nothing hangs on colour.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1.5, 1)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (8, 2)),
+    (0, (3, 1)),
+    (0, (1, 1.8)),
+    (0, (8, 1, 1, 1)),
+)
+# No dots or rings: each is a curve, and a page of them has megabytes.
+_HATCHES = ("", "////", "\\\\\\\\", "xxxx", "----", "++++", "||||", "//")
+#: Begins each id: a page replaces it by what no other picture has.
+OWN = "PICTURE-"
+#: Stand-ins: what matplotlib is given, and what the page puts there.
+_INK, _FAINT, _GRID, _PAPER = "#010203", "#040506", "#070809", "#0a0b0c"
+_VARIABLES = {_INK: "--ink", _FAINT: "--faint", _GRID: "--grid", _PAPER: "--paper"} | {
+    colour: f"--c{number}" for number, colour in enumerate(COLOURS)
+}
+
+_STYLE: Any = {
+    "svg.hashsalt": "fdpass",  # the same figures are the same picture
+    "svg.fonttype": "none",  # text stays text: small, sharp, to be searched and read aloud
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.8,
+    "hatch.linewidth": 0.8,
+    "hatch.color": _PAPER,
+}
+_WIDE, _NARROW = 7.6, 3.9  # inches; a point is a pixel of the page
+_FIRST = 20.0  # percentile: below, a log axis would show little else
+_MANY_WORKERS = 8  # more lines than that say nothing
+_PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
+_Run = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """`svgs`: wide, narrow. caption: how to read it. alt: in words, for who does not see it."""
+
+    svgs: tuple[str, str]
+    title: str
+    caption: str
+    alt: str
+
+
+def _plot(title: str, caption: str, alt: str, height: float, draw: Callable[[Figure, bool], None], narrow_height: float = 0.0) -> Plot:
+    """draw(figure, narrow)."""
+    svgs = []
+    for narrow in (False, True):
+        with matplotlib.rc_context(_STYLE):
+            drawn = Figure(
+                figsize=(_NARROW if narrow else _WIDE, (narrow_height or height * 0.95) if narrow else height), layout="constrained"
+            )
+            draw(drawn, narrow)
+            text = _wrapped(title, 42 if narrow else 84)
+            drawn.suptitle(text, x=0.01, ha="left", fontsize=11 if narrow else 12, fontweight="bold")
+            written = io.StringIO()
+            drawn.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+        svgs.append(_for_the_page(written.getvalue(), title, alt))
+    return Plot((svgs[0], svgs[1]), title, caption, alt)
+
+
+def _for_the_page(svg: str, title: str, alt: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    # Two pictures of one page must not have the same ids: a clip of one that is not shown would cut the other.
+    svg = re.sub(r'\bid="', f'id="{OWN}', svg)
+    svg = re.sub(r'href="#', f'href="#{OWN}', svg)
+    svg = re.sub(r"url\(#", f"url(#{OWN}", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = re.sub(r"(font(?:-family)?: [^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1var(--font)", svg)
+    head, _, rest = svg.partition(">")
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+    label = _escaped(f"{title}. {alt}")
+    return f'{head} role="img" aria-label="{label}">{rest}'.replace("\n", " ")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
+def _legend(drawn: Figure, labelled: Mapping[str, Any], narrow: bool) -> None:
+    """Below the axes, in as many columns as have room. A point is a pixel; a letter of this size has about 5.8, and its handle 52."""
+    room = (_NARROW if narrow else _WIDE) * 72
+    columns = max(1, int(room / (52 + 5.8 * max(map(len, labelled), default=0))))
+    handles, labels = list(labelled.values()), list(labelled)
+    drawn.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)), handlelength=3.0, columnspacing=1.5)
+
+
+def _labelled(axes: Axes) -> dict[str, Any]:
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines: list[str] = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return "\n".join(lines)
+
+
+def _log(axes: Axes, which: str) -> None:
+    """A log axis with plain numbers, and more of them where it spans few decades."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    decades = math.log10(max(high, 1e-12) / max(low, 1e-12))
+    few = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    axis.set_major_locator(few if decades < 0.9 else LogLocator(10, subs=(1, 2, 5) if decades < 2.6 else (1,), numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 10000 else f"{value:g}"))
+
+
+def _name(run: _Run) -> str:
+    return str(run["strategy"]) + (" (INVALID)" if run.get("valid") is False else "")
+
+
+# -------------------------------------------------------------------------------- latency
+
+
+def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
+    """Of runs under the same conditions; theory dashed beside each, and the bound of one queue."""
+    drawn = [run for run in runs if (run.get("latency_curve") or {}).get("ms")]
+    if not drawn:
+        return None
+
+    def place(percentile: float) -> float:
+        return -math.log10(max(1 - percentile / 100, 1e-6))
+
+    bound = next((theory for run in drawn if (theory := (run.get("theory") or {}).get("latency_curve"))), None)
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        furthest = 1.0
+        for run in drawn:
+            curve, number = run["latency_curve"], colours[str(run["strategy"])] % len(COLOURS)
+            points = [(place(p), ms) for p, ms in zip(curve["percentile"], curve["ms"], strict=False) if p >= _FIRST and ms > 0]
+            if not points:
+                continue
+            furthest = max(furthest, points[-1][0])
+            faint = 0.45 if run.get("valid") is False else 1.0
+            axes.plot(
+                *zip(*points, strict=True),
+                color=COLOURS[number],
+                marker=_MARKERS[number],
+                markersize=4.5,
+                markevery=(number % 3, 3),
+                alpha=faint,
+                label=_name(run),
+                zorder=3,
+            )
+            theory = (run.get("theory") or {}).get("latency_curve")
+            if theory:
+                axes.plot(
+                    *_from_first(theory, "ms", place),
+                    color=COLOURS[number],
+                    linestyle=(0, (4, 2)),
+                    linewidth=1.3,
+                    alpha=0.85,
+                    label=f"theory: {(run.get('theory') or {}).get('discipline') or 'its queue'}, for {run['strategy']}",
+                )
+        if bound and not all((run.get("theory") or {}).get("discipline") == "one queue" for run in drawn if run.get("theory")):
+            axes.plot(
+                *_from_first(bound, "one_queue_ms", place),
+                color=_FAINT,
+                linestyle=(0, (1, 1.5)),
+                linewidth=1.5,
+                label="bound: one queue for all workers",
+            )
+        shown = [p for p in _PERCENTILES if place(p) <= furthest + 0.01]
+        axes.xaxis.set_major_locator(FixedLocator([place(p) for p in shown]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * (1 - 10**-value):.6g}"))
+        axes.set_xlim(place(_FIRST), furthest)
+        axes.set_xlabel("percentile of requests (%)")
+        axes.set_ylabel("latency (ms, log axis)")
+        _log(axes, "y")
+        _legend(picture, _labelled(axes), narrow)
+
+    known = [(_name(run), run.get("latency_ms") or {}) for run in drawn]
+    said = "; ".join(f"{name}: median {figure(latency.get('p50'))} ms, p99 {figure(latency.get('p99'))} ms" for name, latency in known)
+    caption = (
+        "Lower is better. So many per cent of the requests took no longer. The axis stretches the slowest: every step from 90 to "
+        "99 to 99.9 is as wide. Dashed: how long they would take by queueing theory, with the times these workers were occupied."
+        if bound
+        else "Lower is better. Each point: so many per cent of the requests took no longer. The axis stretches the slowest."
+    )
+    return _plot(f"Latency: {condition_of(drawn[0])}", caption, said, 4.6, draw, 5.0)
+
+
+def _from_first(curve: Mapping[str, Any], values: str, place: Callable[[float], float]) -> tuple[list[float], list[float]]:
+    points = [(place(p), ms) for p, ms in zip(curve["percentile"], curve.get(values) or [], strict=False) if p >= _FIRST]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
+    """Mean latency by load (or by the number of workers), where a file has several that differ in nothing else."""
+    timed = [run for run in runs if (run.get("latency_ms") or {}).get("mean")]
+    axis = "load" if len({run.get("load") for run in timed if run.get("load")}) > 1 else "workers"
+    timed = [run for run in timed if run.get(axis)]
+    if len({run[axis] for run in timed}) < 2:
+        return None
+    # Only what has several places is a line.
+    lines: dict[tuple[Any, ...], list[_Run]] = {}
+    for run in timed:
+        rest = (run["scenario"], run.get("workers") if axis == "load" else run.get("load"), run.get("requests_per_connection"))
+        lines.setdefault((str(run["strategy"]), *rest), []).append(run)
+    lines = {key: sorted(line, key=lambda run: float(run[axis])) for key, line in lines.items() if len(line) > 1}
+    if not lines:
+        return None
+    several = len({key[1:] for key in lines}) > 1
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        bound_drawn = False
+        for key, line in lines.items():
+            number = colours[key[0]] % len(COLOURS)
+            at = [float(run[axis]) for run in line]
+            means = [run["latency_ms"]["mean"] for run in line]
+            ends = [(run.get("ci") or {}).get("mean_ms") or [mean, mean] for run, mean in zip(line, means, strict=True)]
+            spread = [[max(0.0, mean - end[0]) for mean, end in zip(means, ends, strict=True)]]
+            spread += [[max(0.0, end[1] - mean) for mean, end in zip(means, ends, strict=True)]]
+            label = key[0] + (f", {key[1]}" + (f", {key[2]} workers" if axis == "load" else "") if several else "")
+            axes.errorbar(
+                at,
+                means,
+                yerr=spread,
+                color=COLOURS[number],
+                marker=_MARKERS[number],
+                linestyle=_DASHES[number],
+                capsize=3,
+                label=label,
+                zorder=3,
+            )
+            hollow = [(x, mean) for x, mean, run in zip(at, means, line, strict=True) if run.get("valid") is False]
+            if hollow:
+                style: Any = {"marker": _MARKERS[number], "linestyle": "none", "markerfacecolor": _PAPER, "markeredgewidth": 1.6}
+                axes.plot(*zip(*hollow, strict=True), **style, color=COLOURS[number], zorder=4, label=f"{key[0]}: INVALID")
+            predicted = [
+                (place, theory["latency_ms"]["mean"])
+                for run, place in zip(line, at, strict=True)
+                if (theory := run.get("theory")) and (theory.get("latency_ms") or {}).get("mean")
+            ]
+            if predicted:
+                axes.plot(
+                    *zip(*predicted, strict=True), color=COLOURS[number], linestyle=(0, (4, 2)), linewidth=1.2, label=f"theory for {key[0]}"
+                )
+            bounds = [
+                (place, theory["one_queue_ms"]["mean"])
+                for run, place in zip(line, at, strict=True)
+                if (theory := run.get("theory")) and (theory.get("one_queue_ms") or {}).get("mean")
+            ]
+            if bounds and not bound_drawn and (line[0].get("theory") or {}).get("discipline") != "one queue":
+                axes.plot(*zip(*bounds, strict=True), color=_FAINT, linestyle=(0, (1, 1.5)), label="bound: one queue")
+                bound_drawn = True
+        axes.set_xlabel("load (share of what the workers can do)" if axis == "load" else "workers (number of processes)")
+        axes.set_ylabel("mean latency (ms, log axis)")
+        _log(axes, "y")
+        _legend(picture, _labelled(axes), narrow)
+
+    caption = "Lower is better. Bars: the 95 % interval of the mean. Dashed: queueing theory, with the times these workers were occupied."
+    said = "; ".join(
+        f"{key[0]}: " + ", ".join(f"{figure(run['latency_ms']['mean'])} ms at {run[axis]:g}" for run in line) for key, line in lines.items()
+    )
+    return _plot(f"Mean latency by {axis}", caption, said, 4.4, draw, 4.8)
+
+
+# -------------------------------------------------------------------------------- workers
+
+
+def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "connections") -> Plot | None:
+    """Bars: how many connections (or requests) each worker got, beside an even share."""
+    key = "per_worker" if what == "connections" else "requests_per_worker"
+    drawn = [run for run in runs if run.get(key)]
+    if not drawn:
+        return None
+    title = f"{what.capitalize()} per worker: {condition_of(drawn[0])}"
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        at, middles = 0.0, []
+        for run in drawn:
+            counts, number = run[key], colours[str(run["strategy"])] % len(COLOURS)
+            places = [at + place for place in range(len(counts))]
+            axes.bar(places, counts, width=0.86, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run), zorder=2)
+            mean = sum(counts) / len(counts)
+            axes.plot(
+                [places[0] - 0.6, places[-1] + 0.6],
+                [mean, mean],
+                color=_INK,
+                linewidth=1.4,
+                linestyle=(0, (4, 2)),
+                label="even share" if run is drawn[-1] else None,
+                zorder=3,
+            )
+            ratio = run.get("max_over_mean" if what == "connections" else "requests_max_over_mean")
+            below = "" if ratio is None else f"max/mean {ratio:.2f}"
+            middles.append(
+                ((places[0] + places[-1]) / 2, f"{_wrapped(_name(run), 12)}\n{_wrapped(below, 9) if narrow else below}".rstrip())
+            )
+            at = places[-1] + 2.2
+        axes.xaxis.set_major_locator(FixedLocator([place for place, _ in middles]))
+        axes.set_xticklabels([label for _, label in middles], fontsize=8.5 if narrow else 9.5)
+        axes.grid(False, axis="x")
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlabel("worker (one bar each, by server)")
+        axes.set_ylabel(f"{what} (number)")
+        axes.set_ylim(bottom=0)
+        _legend(picture, _labelled(axes), narrow)
+
+    said = "; ".join(f"{_name(run)}: {min(run[key])} to {max(run[key])}" for run in drawn)
+    caption = "Evener is better. Under each server the largest share over the mean: 1.00 is perfectly even."
+    return _plot(title, caption, said, 3.3, draw, 3.8)
+
+
+_MARKS = {
+    "kill": ("X", "killed"),
+    "stall": ("s", "stalled"),
+    "restart": ("P", "started again"),
+    "roll": (">", "replaced"),
+    "resume": ("o", "goes on"),
+}
+
+
+def over_time(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
+    """What each worker took in each bin of time, of the first repeat that has a series; kills and stalls marked."""
+    drawn = [(run, _without_the_end(run["series"][0])) for run in runs if run.get("series")]
+    drawn = [(run, series) for run, series in drawn if any(map(sum, series["per_worker"]))]
+    if not drawn:
+        return None
+    kept = any((run.get("requests_per_connection") or 1) > 1 for run, _ in drawn)
+    what = "requests" if kept else "connections"
+    title = f"{what.capitalize()} over time: {condition_of(drawn[0][0])}"
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        panels = picture.subplots(len(drawn), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        used: dict[str, Any] = {}
+        for axes, (run, series) in zip(panels, drawn, strict=True):
+            width, counts = float(series.get("bin_seconds") or 1.0), series["per_worker"]
+            if len(counts) <= _MANY_WORKERS:
+                for worker, line in enumerate(counts):
+                    (handle,) = axes.step(
+                        [place * width for place in range(len(line) + 1)],
+                        [one / width for one in [*line, line[-1]]],
+                        where="post",
+                        color=COLOURS[worker % len(COLOURS)],
+                        linestyle=_DASHES[worker % len(_DASHES)],
+                        linewidth=1.3,
+                    )
+                    used.setdefault(f"worker {worker}", handle)
+            else:
+                columns = list(zip(*counts, strict=False))
+                at = [(place + 0.5) * width for place in range(len(columns))]
+                number = colours[str(run["strategy"])] % len(COLOURS)
+                band = axes.fill_between(
+                    at, [min(c) / width for c in columns], [max(c) / width for c in columns], color=COLOURS[number], alpha=0.25, linewidth=0
+                )
+                (line_of_mean,) = axes.plot(at, [sum(c) / len(c) / width for c in columns], color=COLOURS[number])
+                used.setdefault("busiest to idlest worker", band)
+                used.setdefault("mean of the workers", line_of_mean)
+            _mark_events(axes, run, series, used)
+            axes.set_ylabel("per second" if len(drawn) > 1 else f"{what} (per second)")
+            axes.set_ylim(bottom=0)
+            axes.annotate(_name(run), (0, 1), xytext=(2, 3), xycoords="axes fraction", textcoords="offset points", fontsize=10, va="bottom")
+        panels[-1].set_xlabel("time since the first was due (s)")
+        panels[-1].set_xlim(left=0)
+        if len(drawn) > 1:
+            picture.supylabel(f"{what} of each worker (per second)", fontsize=10)
+            for axes in panels:
+                axes.set_ylabel("")
+        _legend(picture, used, narrow)
+
+    events = sum(len(run.get("events") or []) for run, _ in drawn)
+    repeats = max(len(run["series"]) for run, _ in drawn)
+    caption = (f"The first of {repeats} repeats. " if repeats > 1 else "") + "Lines that run together are workers that get the same."
+    caption += " Marks on the time axis: what was done to a worker." if events else ""
+    said = f"{len(drawn)} servers, {events} events" if events else f"{len(drawn)} servers"
+    return _plot(title, caption, said, 1.2 + 1.55 * len(drawn), draw, 2.6 + 1.55 * len(drawn))
+
+
+def _without_the_end(series: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the last bins, of which the schedule filled only a part or nothing."""
+    counts = series.get("per_worker") or []
+    totals = [sum(column) for column in zip(*counts, strict=False)]
+    usual = sorted(totals)[len(totals) // 2] if totals else 0
+    bins = len(totals)
+    while bins > 2 and totals[bins - 1] < 0.75 * usual and bins > len(totals) - 3:
+        bins -= 1
+    return {**series, "per_worker": [line[:bins] for line in counts]}
+
+
+def _mark_events(axes: Axes, run: _Run, series: Mapping[str, Any], used: dict[str, Any]) -> None:
+    for event in run.get("events") or []:
+        if event.get("at_seconds") is None or (event.get("repeat") or 1) != (series.get("repeat") or 1):
+            continue
+        what = str(event.get("what") or "event")
+        marker, word = _MARKS.get(what, ("d", what))
+        at, until = event["at_seconds"], event.get("until_seconds")
+        axes.axvline(at, color=_INK, linewidth=0.9, linestyle=(0, (1, 2)))
+        if until is not None:
+            used.setdefault(f"a worker {word}, how long", axes.axvspan(at, until, color=_FAINT, alpha=0.22, linewidth=0))
+        (handle,) = axes.plot([at], [0], marker=marker, color=_INK, markersize=7, linestyle="none", clip_on=False, zorder=5)
+        used.setdefault(f"a worker {word}", handle)
+        if event.get("worker") is not None:
+            axes.annotate(str(event["worker"]), (at, 0), xytext=(4, 4), textcoords="offset points", fontsize=8)
+
+
+_OUTCOME_COLOURS = {"ok": 2, "refused": 4, "reset": 1, "timeout": 3, "bad_answer": 6, "no_port": 5, "no_descriptor": 7}
+
+
+def outcomes(runs: Sequence[_Run]) -> Plot | None:
+    """How connections or requests ended, as shares; None where all was answered."""
+    drawn = [run for run in runs if sum((run.get("outcomes") or {}).values())]
+    if not any(count for run in drawn for name, count in run["outcomes"].items() if name != "ok"):
+        return None
+    names = [name for name in drawn[0]["outcomes"] if any(run["outcomes"].get(name) for run in drawn)]
+    title = f"How they ended: {condition_of(drawn[0])}"
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        rows = list(range(len(drawn)))[::-1]
+        left = [0.0] * len(drawn)
+        for name in names:
+            number = _OUTCOME_COLOURS.get(name, 5)
+            shares = [100 * run["outcomes"].get(name, 0) / sum(run["outcomes"].values()) for run in drawn]
+            hatch = "" if name == "ok" else _HATCHES[1 + names.index(name) % 7]
+            axes.barh(rows, shares, left=left, height=0.62, color=COLOURS[number], hatch=hatch, label=name.replace("_", " "))
+            for row, start, share, run in zip(rows, left, shares, drawn, strict=True):
+                if share > (16 if narrow else 7):
+                    axes.text(
+                        start + share / 2, row, str(run["outcomes"][name]), ha="center", va="center", color=_INK, fontsize=9,
+                        bbox={"facecolor": _PAPER, "edgecolor": "none", "boxstyle": "round,pad=0.2"},
+                    )  # fmt: skip
+            left = [start + share for start, share in zip(left, shares, strict=True)]
+        axes.set_yticks(rows, [_wrapped(_name(run), 14) if narrow else _name(run) for run in drawn])
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, 100)
+        kept = any((run.get("requests_per_connection") or 1) > 1 for run in drawn)
+        axes.set_xlabel(f"share of all {'requests' if kept else 'connections'} (%)")
+        axes.set_ylabel("server")
+        _legend(picture, _labelled(axes), narrow)
+
+    said = "; ".join(f"{_name(run)}: " + ", ".join(f"{run['outcomes'][name]} {name}" for name in names) for run in drawn)
+    caption = "Reset: cut off before the answer was whole. Refused: no connection came about. Timeout: given up."
+    return _plot(title, caption, said, 1.5 + 0.45 * len(drawn), draw, 1.9 + 0.5 * len(drawn))
+
+
+def stranded(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
+    """Of `stall`: the share of what arrived while a worker was frozen that had to wait for it, beside the share that k queues strand."""
+    drawn = [run for run in runs if run.get("delayed_share") is not None]
+    if not drawn:
+        return None
+    title = f"Delayed while a worker was frozen: {condition_of(drawn[0])}"
+    split = next((run["delayed_share_split"] for run in drawn if run.get("delayed_share_split") is not None), None)
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        for place, run in enumerate(reversed(drawn)):
+            number = colours[str(run["strategy"])] % len(COLOURS)
+            axes.barh([place], [100 * run["delayed_share"]], height=0.6, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run))
+            axes.annotate(
+                f"{100 * run['delayed_share']:.1f}",
+                (100 * run["delayed_share"], place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        if split is not None:
+            axes.axvline(100 * split, color=_INK, linewidth=1.3, linestyle=(0, (4, 2)), label="one queue of k (1/k)")
+        axes.set_yticks(range(len(drawn)), [_wrapped(_name(run), 14) if narrow else _name(run) for run in reversed(drawn)])
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, max(5.0, *(112 * run["delayed_share"] for run in drawn), 112 * (split or 0)))
+        axes.set_xlabel("share of those that arrived then (%)")
+        axes.set_ylabel("" if narrow else "server")
+        _legend(picture, _labelled(axes), narrow)
+
+    said = "; ".join(f"{_name(run)}: {run['delayed_share']:.1%}" for run in drawn)
+    caption = "Lower is better. Dashed: what is stranded where each worker has a queue of its own, and a hash chooses."
+    return _plot(title, caption, said, 1.6 + 0.42 * len(drawn), draw, 2.1 + 0.5 * len(drawn))
+
+
+def scaling(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
+    """Of `scale-out`: connections per second by the number of workers."""
+    drawn = [(run, [step for step in run.get("steps") or [] if step.get("workers") and step.get("connections_per_s")]) for run in runs]
+    drawn = [(run, steps) for run, steps in drawn if len(steps) > 1]
+    if not drawn:
+        return None
+    title = f"Throughput by workers: {drawn[0][0]['scenario']}"
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        for run, steps in drawn:
+            number = colours[str(run["strategy"])] % len(COLOURS)
+            at = [(step["workers"], step["connections_per_s"]) for step in steps]
+            axes.plot(*zip(*at, strict=True), color=COLOURS[number], marker=_MARKERS[number], linestyle=_DASHES[number], label=_name(run))
+        first = drawn[0][1][0]
+        ends = [first["workers"], max(step["workers"] for _, steps in drawn for step in steps)]
+        each = first["connections_per_s"] / first["workers"]
+        axes.plot(ends, [each * count for count in ends], color=_FAINT, linestyle=(0, (1, 1.5)), label="as many times as workers")
+        axes.set_xlabel("workers (number of processes)")
+        axes.set_ylabel("connections (per second, log axis)")
+        _log(axes, "x")
+        _log(axes, "y")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({step["workers"] for _, steps in drawn for step in steps})))
+        _legend(picture, _labelled(axes), narrow)
+
+    said = "; ".join(
+        f"{_name(run)}: " + ", ".join(f"{figure(s['connections_per_s'])} with {s['workers']}" for s in steps) for run, steps in drawn
+    )
+    return _plot(title, "Higher is better. Dotted: in proportion to the workers.", said, 4.0, draw, 4.4)
+
+
+# -------------------------------------------------------------------------------- prices
+
+
+def times_faster(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """fdpass over what it is compared with, with intervals."""
+    drawn = [row for row in rows if row.get("times_faster") and row.get("other") and row.get("valid") is not False]
+    drawn = [row for row in drawn if row["what"] != "outstanding"]
+    if not drawn:
+        return None
+    others = list(dict.fromkeys(str(row["other"].get("name")) for row in drawn))
+    title = "How many times faster fdpass is"
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        names = list(dict.fromkeys((row["what"], row["name"], (row.get("fdpass") or {}).get("name")) for row in drawn))
+        place = {name: len(names) - 1 - number for number, name in enumerate(names)}
+        for number, other in enumerate(others):
+            here = [row for row in drawn if row["other"].get("name") == other]
+            at = [
+                place[row["what"], row["name"], (row.get("fdpass") or {}).get("name")] + (0.12 - 0.24 * number) * (len(others) > 1)
+                for row in here
+            ]
+            ratios = [row["times_faster"] for row in here]
+            ends = [row.get("times_faster_ci") or [ratio, ratio] for row, ratio in zip(here, ratios, strict=True)]
+            spread = [
+                [max(0.0, ratio - end[0]) for ratio, end in zip(ratios, ends, strict=True)],
+                [max(0.0, end[1] - ratio) for ratio, end in zip(ratios, ends, strict=True)],
+            ]
+            axes.errorbar(
+                ratios,
+                at,
+                xerr=spread,
+                linestyle="none",
+                marker=_MARKERS[number],
+                markersize=6,
+                capsize=3,
+                color=COLOURS[number],
+                label=f"against {other}",
+            )
+        axes.axvline(1, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="as fast")
+        labels = [_label(what, name) for what, name, _ in names]
+        axes.set_yticks(
+            [place[name] for name in names], [_wrapped(label, 20) if narrow else label for label in labels], fontsize=8 if narrow else 9.5
+        )
+        axes.set_ylim(-0.7, len(names) - 0.3)
+        axes.set_xlabel("times faster (ratio, log axis)")
+        axes.set_ylabel("" if narrow else "what was passed")
+        _log(axes, "x")
+        _legend(picture, _labelled(axes), narrow)
+
+    count = len({(row["what"], row["name"]) for row in drawn})
+    said = "; ".join(f"{row['name']}: {row['times_faster']:.2f} against {row['other'].get('name')}" for row in drawn)
+    caption = (
+        "Right of the dashed line fdpass is faster, left of it slower. Bars: the 95 % interval; one across the line shows no difference."
+    )
+    return _plot(title, caption, said, 1.6 + 0.27 * count, draw, 2.0 + 0.36 * count)
+
+
+def _label(what: str, name: str) -> str:
+    if what == "descriptors":
+        number, comma, by = name.partition(",")
+        return f"{number} descriptor{'' if number == '1' else 's'}{comma}{by}"
+    return name
+
+
+def prices(what: str, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """p50 and p99 of each side, or its rate."""
+    measured = [row for row in rows if row.get("fdpass")]
+    if not measured:
+        return None
+    unit = unit_of(measured[0]["fdpass"])
+    measured = [row for row in measured if (unit_of(row["fdpass"]) == "claims_per_s") == (unit == "claims_per_s")]
+    words = {"us": "time of one (us", "us_per_descriptor": "time of each descriptor (us", "us_per_socket": "time of each socket (us"}
+    names = list(dict.fromkeys(str(row["name"]) for row in measured))
+    sides: dict[str, dict[str, list[Any]]] = {}
+    for row in measured:
+        for side, ours in ((row["fdpass"], True), (row.get("other"), False)):
+            if side is not None and (what != "outstanding" or ours):
+                name = "fdpass" if what == "outstanding" else str(side.get("name"))
+                sides.setdefault(name, {}).setdefault(str(row["name"]), paid(side))
+    values = [value for side in sides.values() for pair in side.values() for value in pair if value is not None]
+    log = all(value > 0 for value in values) and unit != "claims_per_s"
+    title = WHAT.get(what, what)
+    title = title[0].upper() + title[1:]
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        place = {name: len(names) - 1 - number for number, name in enumerate(names)}
+        step = 0.5 / max(1, len(sides))
+        for number, (side, pairs) in enumerate(sides.items()):
+            offset = (len(sides) - 1) * step / 2 - number * step
+            for name, (middle, tail) in pairs.items():
+                row = place[name] + offset
+                if middle is not None and tail is not None:
+                    axes.plot([middle, tail], [row, row], color=COLOURS[number], linewidth=1.6, linestyle=_DASHES[number % len(_DASHES)])
+                    axes.plot([tail], [row], color=COLOURS[number], marker="|", markersize=9, linestyle="none")
+            at = [(pair[0], place[name] + offset) for name, pair in pairs.items() if pair[0] is not None]
+            if at:
+                axes.plot(
+                    *zip(*at, strict=True), color=COLOURS[number], marker=_MARKERS[number], markersize=6, linestyle="none", label=side
+                )
+        if unit != "claims_per_s":
+            axes.plot([], [], color=_INK, marker="|", markersize=9, linestyle="none", label="99th percentile")
+        axes.set_yticks(
+            [place[name] for name in names], [_wrapped(name, 20) if narrow else name for name in names], fontsize=8.5 if narrow else 9.5
+        )
+        axes.set_ylim(-0.7, len(names) - 0.3)
+        axes.set_ylabel("" if narrow else {"descriptors": "descriptors in a message", "receivers": "receivers"}.get(what, "by"))
+        if unit == "claims_per_s":
+            axes.set_xlim(left=0)
+            axes.set_xlabel("claims (per second)")
+        else:
+            if log:
+                _log(axes, "x")
+            axes.set_xlabel(words.get(unit, "time (us") + (", log axis)" if log else ")"))
+        _legend(picture, _labelled(axes), narrow)
+
+    said = "; ".join(f"{side}: " + ", ".join(f"{name} {figure(pair[0])}" for name, pair in pairs.items()) for side, pairs in sides.items())
+    timed = "Left is better. The mark is the median, the line ends at the 99th percentile."
+    caption = "Right is better." if unit == "claims_per_s" else timed
+    return _plot(title, caption, said, 1.5 + 0.42 * len(names), draw, 1.9 + 0.5 * len(names))
+
+
+# -------------------------------------------------------------------------------- comparisons
+
+
+def changes(comparison: Comparison) -> Plot | None:
+    """The judged ratios of two files, with their intervals."""
+    drawn = [change for change in comparison.changes if change.ratio is not None and change.low is not None and change.high is not None]
+    if not drawn:
+        return None
+    kinds = {"worse": 1, "better": 2, "no difference": 0}
+    title = f"{comparison.after.name} over {comparison.before.name}"
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        axes = picture.subplots()
+        for kind, number in kinds.items():
+            here = [(row, change) for row, change in enumerate(reversed(drawn)) if change.verdict == kind]
+            if here:
+                ratios = [change.ratio or 1.0 for _, change in here]
+                low = [max(0.0, ratio - (change.low or ratio)) for ratio, (_, change) in zip(ratios, here, strict=True)]
+                high = [max(0.0, (change.high or ratio) - ratio) for ratio, (_, change) in zip(ratios, here, strict=True)]
+                axes.errorbar(
+                    ratios, [row for row, _ in here], xerr=[low, high], linestyle="none", marker=_MARKERS[number], markersize=6, capsize=3,
+                    color=COLOURS[number], label=kind,
+                )  # fmt: skip
+        axes.axvline(1, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="the same")
+        labels = [f"{change.run}: {change.measure}" for change in reversed(drawn)]
+        axes.set_yticks(range(len(drawn)), [_wrapped(label, 22 if narrow else 46) for label in labels], fontsize=8 if narrow else 9)
+        axes.set_ylim(-0.7, len(drawn) - 0.3)
+        axes.set_xlabel("after over before (ratio, log axis)")
+        axes.set_ylabel("" if narrow else "run")
+        _log(axes, "x")
+        _legend(picture, _labelled(axes), narrow)
+
+    caption = "1 is no change. Bars: the 95 % interval of each by itself; the verdict allows for their number."
+    said = "; ".join(change.sentence for change in drawn)
+    return _plot(title, caption, said, 1.7 + 0.42 * len(drawn), draw, 2.1 + 0.6 * len(drawn))

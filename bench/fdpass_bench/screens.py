@@ -1,0 +1,117 @@
+"""How a command's help is laid out: it fits a screen, and where all of it does not, one option says all; and how lists are completed.
+It knows click, and none of the commands."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import click
+from click.shell_completion import CompletionItem
+
+LINES = 40
+#: "steady: connections per second.": an option of one scenario among several.
+_BELONGS = re.compile(r"[a-z-]+(, [a-z-]+)*: ")
+_KINDS: Sequence[tuple[type, str]] = ((click.IntRange, "N"), (click.FloatRange, "X"), (click.Path, "FILE"), (click.Choice, "NAME"))
+
+
+class Command(click.Command):
+    """A command whose --help has LINES lines at most. Where click's own would have more, options have a line each, those that belong to
+    something are named only, the last lists are left out, and --help-all says all."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        whole = ctx.make_formatter()
+        super().format_help(ctx, whole)
+        text = whole.getvalue()
+        if text.count("\n") <= LINES:
+            formatter.write(text)
+        else:
+            paragraphs = inspect.cleandoc(self.help or "").split("\n\n")
+            while (text := self._briefly(ctx, paragraphs)).count("\n") > LINES:
+                # What is laid out by hand is a list, of which --help-all has all; an example stays.
+                lists = [number for number, one in enumerate(paragraphs) if one.startswith("\b") and "xample" not in one.splitlines()[1]]
+                if not lists:
+                    break
+                del paragraphs[lists[-1]]
+            formatter.write(text)
+
+    def _briefly(self, ctx: click.Context, paragraphs: Sequence[str]) -> str:
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text("\n\n".join(paragraphs))
+        self._format_briefly(ctx, formatter)
+        return formatter.getvalue()
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), self._all]
+
+    @property
+    def _all(self) -> click.Option:
+        # Hidden where --help has all of it already.
+        return click.Option(
+            ["--help-all"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            hidden=True,
+            callback=self._show_all,
+            help="Show every option in full.",
+        )
+
+    def _show_all(self, ctx: click.Context, param: click.Parameter, given: bool) -> None:
+        if given and not ctx.resilient_parsing:
+            formatter = ctx.make_formatter()
+            super().format_help(ctx, formatter)
+            click.echo(formatter.getvalue().rstrip("\n"))
+            ctx.exit()
+
+    def _format_briefly(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option) and not param.hidden]
+        own = [option for option in options if not _BELONGS.match(option.help or "")]
+        names = [(_name(option), option) for option in own]
+        left = max(len(name) for name, _ in names) + 2
+        with formatter.section("Options"):
+            room = formatter.width - formatter.current_indent
+            for name, option in names:
+                formatter.write(f"{'':{formatter.current_indent}}{name:{left}}{_cut(_said(option), room - left)}\n")
+        others = ", ".join(option.opts[0] for option in options if option not in own)
+        formatter.write_paragraph()
+        formatter.write_text(f"Of one scenario or another: {others}. --help-all says what each means.")
+
+
+def _name(option: click.Option) -> str:
+    if option.is_flag:
+        return option.opts[0]
+    kind = option.metavar or next((word for of, word in _KINDS if isinstance(option.type, of)), "TEXT")
+    return f"{option.opts[0]} {kind}"
+
+
+def _said(option: click.Option) -> str:
+    """Of a choice without other words, what there is to choose."""
+    text = option.help or ""
+    if text.startswith("[") and isinstance(option.type, click.Choice):
+        return f"{', '.join(map(str, option.type.choices))}.  {text}"
+    return text
+
+
+def _cut(text: str, width: int) -> str:
+    """The whole, or without the defaults, or its beginning."""
+    text = " ".join(text.split())
+    for shorter in (text, text.partition(" [default")[0], text.partition(";")[0] + "."):
+        if len(shorter) <= width and shorter.count("[") == shorter.count("]"):
+            return shorter
+    return text[: width - 3].rsplit(" ", 1)[0] + " ..."
+
+
+def listed(values: Callable[[], Iterable[str]]) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """A shell_complete for an option that takes several values between commas: the last is completed."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        before, comma, last = incomplete.rpartition(",")
+        given = set(before.split(","))
+        return [CompletionItem(before + comma + value) for value in values() if value.startswith(last) and value not in given]
+
+    return complete

@@ -1,0 +1,345 @@
+"""`report` and `--html`: what a JSON file says, in every form, and what is said of files that are none."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fdpass_bench import cli, compare, curves, formats, records, tables, theory
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, stall, steady, written
+
+COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "fdpass_bench"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bad files
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("no json", "is not JSON: line 1"),
+        ("\xff\xfe", "is not JSON"),
+        ('{"schema": 1, "runs": [{"strategy": "sha', "breaks off in line 1"),
+        ('{"schema": 1, "runs": [', "breaks off"),
+        ("[]", "it has no schema"),
+        ('{"schema": 2, "runs": []}', "has schema 2; this version of fdpass-bench knows schema 1"),
+        ('{"schema": 1}', "neither runs (of balance) nor rows (of pass)"),
+        ('{"schema": 1, "runs": []}', "holds no runs"),
+        ('{"schema": 1, "rows": []}', "holds no runs"),
+        ('{"schema": 1, "runs": [7]}', "run 1 has no strategy"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b", "latency_ms": 3}]}', "run 1: latency_ms does not have the form"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b", "per_worker": ["x"]}]}', "per_worker"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b"}], "environment": {"command": "ls"}}', "environment: command"),
+        ('{"schema": 1, "rows": [{"what": "a", "name": "b", "fdpass": {"p50_us": "fast"}}]}', "row 1: fdpass: p50_us"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "runs.json"
+    path.write_text(text, encoding="latin-1")
+    assert cli.main(["report", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_that_breaks_off_anywhere_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = json.dumps(balance_file(steady(), kill(lost=3)), indent=1)
+    path = tmp_path / "runs.json"
+    for end in range(1, len(text) - 1, 61):
+        path.write_text(text[:end])
+        assert cli.main(["report", str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", sorted({*steady(), *kill(), *stall()} - {"strategy", "scenario"}))
+def test_whatever_stands_in_a_run_it_is_shown_or_refused(key: str) -> None:
+    other = records.record(balance_file(steady(), kill(), steady("other")), "b.json")
+    refused = 0
+    values: list[Any] = [None, 3, "text", [1], {"a": 1}, [], {}, True]
+    for value in values:
+        data = balance_file(steady(**{key: value}), kill(lost=2, **{key: value}))
+        try:
+            record = records.record(data, "runs.json")
+        except records.RecordError:
+            refused += 1
+            continue
+        formats.as_csv([record])
+        same = records.Record("c.json", "balance", {**data, "runs": [*record.runs, steady("other")]})
+        formats.as_markdown([same], [compare.compare(other, same)])
+    assert refused < len(values)
+
+
+def test_files_that_have_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = written(tmp_path / "a.json", balance_file(steady())), written(tmp_path / "b.json", balance_file(kill()))
+    third = written(tmp_path / "c.json", pass_file(row()))
+    for arguments, said in (
+        ([first, second], "no run in common"),
+        ([first, third], "of fdpass-bench pass"),
+        ([first, first], "given twice"),
+    ):
+        assert cli.main(["report", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["report", first, "--html", first]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert cli.main(["report", first, "--csv", str(tmp_path / "none" / "x.csv")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert json.loads(Path(first).read_text())["schema"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- forms
+
+
+def test_one_file_in_every_form(tmp_path: Path) -> None:
+    comparisons = [{"sentence": "shared beats reuseport: mean 2 times lower", "valid": True}]
+    data = balance_file(steady(), steady("reuseport", 2.0), kill(lost=3), comparisons=comparisons, verdict="It was even.")
+    path = written(tmp_path / "runs.json", data)
+    html, table, text = (str(tmp_path / name) for name in ("page.html", "runs.csv", "runs.md"))
+    done = run("report", path, "--html", html, "--csv", table, "--markdown", text)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "It was even." in done.stdout
+    assert "Shared beats reuseport" in done.stdout
+    lines = list(csv.DictReader(io.StringIO(Path(table).read_text())))
+    assert [line["strategy"] for line in lines] == ["shared", "reuseport", "shared"]
+    assert lines[1]["latency_ms.mean"] == "20.0"
+    assert lines[0]["per_worker"] == "990 1010"
+    markdown = Path(text).read_text()
+    assert markdown.index("It was even.") < markdown.index("| shared |")
+    assert "<details>" in markdown
+    page = Path(html).read_text()
+    assert page.index("It was even.") < page.index("<svg")
+    assert len(page) < 3_000_000
+    # A page made of the JSON again is the same page.
+    again = str(tmp_path / "again.html")
+    assert run("report", path, "--html", again).returncode == 0
+    assert Path(again).read_text() == page
+
+
+def test_html_of_a_run_is_the_report_of_its_json(tmp_path: Path) -> None:
+    html, path = str(tmp_path / "page.html"), str(tmp_path / "runs.json")
+    arguments = ("--strategies", "shared", "--workers", "2", "--connections", "6", "--scenario", "idle")
+    done = run("balance", *arguments, "--json", path, "--html", html)
+    assert done.returncode == 0, done.stderr
+    assert "verdict" in json.loads(Path(path).read_text())
+    again = str(tmp_path / "again.html")
+    assert run("report", path, "--html", again).returncode == 0
+    assert Path(again).read_text() == Path(html).read_text()
+
+
+def test_a_page_of_pass(tmp_path: Path) -> None:
+    rows = [
+        row(),
+        row("a queue", 2.0),
+        row("broken", fdpass=None, other=None, valid=False, invalid_reason="no C compiler", sentence="not measured"),
+    ]
+    html = str(tmp_path / "page.html")
+    assert run("report", written(tmp_path / "pass.json", pass_file(*rows)), "--html", html).returncode == 1
+    page = Path(html).read_text()
+    assert "no C compiler" in page
+    assert "<svg" in page
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    """Matplotlib keeps each font that it drew with open."""
+    module = pytest.importorskip("fdpass_bench.page")
+    module.render([records.record(balance_file(steady(), kill(lost=2)), "a.json")])
+    return module
+
+
+def test_what_a_file_says_is_text_and_nothing_else(page: Any) -> None:
+    nasty = "<script>alert(1)</script>$x^2$&\"'|`"
+    data = balance_file(steady(nasty), kill(nasty, lost=2), verdict=nasty)
+    data["environment"] = ENVIRONMENT | {"command": ["fdpass-bench", nasty]}
+    record = records.record(data, nasty)
+    html = page.render([record])
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    markdown = formats.as_markdown([record], [])
+    lines = [line.replace("\\|", "") for line in markdown.splitlines() if line.startswith("| ")]
+    assert len(lines) == 9
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:3])
+
+
+def test_a_formula_in_a_spreadsheet_is_text() -> None:
+    assert ",'=1+1," in formats.as_csv([records.record(balance_file(kill("=1+1")), "a.json")])
+
+
+def test_several_loads_are_a_sweep(page: Any) -> None:
+    runs = [
+        steady(name, factor * (1 + load), load=load) for load in (0.3, 0.5, 0.7) for name, factor in (("shared", 1.0), ("reuseport", 2.0))
+    ]
+    html = page.render([records.record(balance_file(*runs), "sweep.json")])
+    assert "Mean latency by load" in html
+    assert html.index("Mean latency by load") < html.index("Latency: steady, load 0.3")
+
+
+# ---------------------------------------------------------------------------------------------------------------- did it get worse?
+
+
+def compared(first: dict[str, Any], second: dict[str, Any]) -> compare.Comparison:
+    return compare.compare(records.record(first, "before.json"), records.record(second, "after.json"))
+
+
+def test_a_mean_that_rose_beyond_its_interval_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = written(tmp_path / "before.json", balance_file(steady(), steady("reuseport")))
+    after = written(tmp_path / "after.json", balance_file(steady(factor=1.5), steady("reuseport")))
+    assert cli.main(["report", before, after]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.startswith(
+        "after.json is worse than before.json: shared, steady, load 0.7, 2 workers: mean latency, ms 1.50 times as much (95 % "
+    )
+    assert cli.main(["report", after, before]) == 0
+    assert "before.json is better than after.json" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_mean_within_the_interval_is_no_difference() -> None:
+    found = compared(balance_file(steady()), balance_file(steady(factor=1.03)))
+    assert [change.verdict for change in found.changes if change.measure == "mean latency, ms"] == ["no difference"]
+    assert found.sentence == "after.json is not worse than before.json, as far as these runs can show (1 compared)."
+    # p99 has no interval: it is shown, and not judged.
+    assert {change.verdict for change in found.changes if "p99" in change.measure} == {"not judged"}
+
+
+def test_the_interval_is_that_of_two_independent_means() -> None:
+    (change,) = (one for one in compared(balance_file(steady(half=0.6)), balance_file(steady(half=0.8))).changes if one.low)
+    assert change.high == pytest.approx(2.718281828 ** ((0.06**2 + 0.08**2) ** 0.5), rel=1e-3)
+    assert change.low == pytest.approx(1 / change.high, rel=1e-9)
+
+
+def test_many_runs_that_did_not_change_are_not_worse() -> None:
+    # Just beyond its own interval, one of twenty is chance.
+    def many(factor: float) -> dict[str, Any]:
+        return balance_file(*(steady(f"server{i}", factor if i == 0 else 1.0) for i in range(20)))
+
+    assert compared(balance_file(steady()), balance_file(steady(factor=1.075))).worse
+    assert not compared(many(1.0), many(1.075)).worse
+
+
+def test_losses_are_counts() -> None:
+    assert not compared(balance_file(kill(lost=1)), balance_file(kill(lost=4))).worse
+    found = compared(balance_file(kill(lost=0)), balance_file(kill(lost=20)))
+    assert [change.sentence for change in found.worse] == [
+        "shared, kill, 2 workers: lost that no worker had accepted 20 of 200, before 0 of 200"
+    ]
+    assert compare._fisher(1, 10, 9, 10) == pytest.approx(0.00109, abs=2e-5)  # a table of Fisher's, as R has it
+
+
+def test_a_worker_that_strands_more_is_worse() -> None:
+    found = compared(balance_file(stall(delayed=2)), balance_file(stall(delayed=125)))
+    assert [change.sentence for change in found.worse] == [
+        "shared, stall, 2 workers: delayed while a worker was frozen 125 of 500, before 2 of 500"
+    ]
+
+
+def test_an_invalid_run_is_not_compared_and_the_status_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = written(tmp_path / "before.json", balance_file(steady()))
+    after = written(tmp_path / "after.json", balance_file(steady(factor=9.0, valid=False, invalid_reason="the generator was late")))
+    assert cli.main(["report", before, after]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "is INVALID in after.json and not compared: the generator was late" in out
+    assert "worse than" not in out
+
+
+def test_other_work_is_not_compared() -> None:
+    with pytest.raises(ValueError, match="no run in common"):
+        compared(balance_file(steady(load=0.7)), balance_file(steady(load=0.9)))
+    with pytest.raises(ValueError, match="no run in common"):
+        compared(balance_file(steady(), work={"distribution": "fixed"}), balance_file(steady(), work={"distribution": "hyper"}))
+
+
+def test_a_closed_loop_is_the_same_however_many_connections_it_made() -> None:
+    runs = [kill(scenario="rolling", clients=24, connections=count) for count in (9000, 9100)]
+    assert not compared(balance_file(runs[0]), balance_file(runs[1])).only
+    assert len(records.grouped(runs)) == 1
+
+
+def test_another_machine_is_named() -> None:
+    other = balance_file(steady())
+    other["environment"] = ENVIRONMENT | {"kernel": "6.9", "fdpass": "0.2.0"}
+    assert compared(balance_file(steady()), other).differences == ["kernel 6.1 and 6.9", "fdpass 0.1.0 and 0.2.0"]
+
+
+def test_prices_are_compared_by_their_rounds() -> None:
+    assert [change.verdict for change in compared(pass_file(row()), pass_file(row(factor=1.3))).changes] == ["worse"]
+    assert [change.verdict for change in compared(pass_file(row()), pass_file(row(factor=0.7))).changes] == ["better"]
+    assert [change.verdict for change in compared(pass_file(row()), pass_file(row(factor=1.005))).changes] == ["no difference"]
+    rates = [
+        row(fdpass={"name": "fdpass", "claims_per_s": 10.0 * f, "claims_per_s_of_rounds": [9.9 * f, 10.0 * f, 10.1 * f]}) for f in (1, 2)
+    ]
+    assert [change.verdict for change in compared(pass_file(rates[0]), pass_file(rates[1])).changes] == ["better"]
+
+
+def test_a_third_file_is_compared_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        written(tmp_path / f"{name}.json", balance_file(steady(factor=factor))) for name, factor in (("a", 1.0), ("b", 1.0), ("c", 3.0))
+    ]
+    assert cli.main(["report", *files]) == 1
+    out = capsys.readouterr().out
+    assert "b.json is not worse than a.json" in out
+    assert "c.json is worse than a.json" in out
+
+
+# ---------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_a_curve_is_of_the_values_themselves() -> None:
+    curve = curves.of_values([number / 1000 for number in range(1, 1001)])
+    assert curve is not None
+    assert (curve["percentile"][0], curve["ms"][0]) == (0.0, 1.0)
+    assert (curve["percentile"][-1], curve["ms"][-1]) == (99.9, 999.0)
+    at = dict(zip(curve["percentile"], curve["ms"], strict=True))
+    assert at[90.0] == 900.0
+    assert curves.of_values([]) is None
+    assert curves.of_values([0.5]) == {"percentile": [0.0], "ms": [500.0]}
+
+
+def test_theorys_curve_has_theorys_percentiles() -> None:
+    prediction = theory.one_queue(4, 700, 0.004)
+    curve = curves.of_theory(prediction, prediction)
+    at = dict(zip(curve["percentile"], curve["ms"], strict=True))
+    assert at[99.0] == pytest.approx(prediction.p99 * 1e3, rel=1e-3)
+    assert at[50.0] == pytest.approx(prediction.p50 * 1e3, rel=1e-3)
+    assert curve["ms"] == sorted(curve["ms"])
+
+
+def test_a_series_counts_everything_once() -> None:
+    found = curves.series({0: [0.0, 0.05, 0.35], 2: [1.0]}, 2)
+    assert found["bin_seconds"] == 0.1
+    assert [sum(line) for line in found["per_worker"]] == [3, 0, 1]
+    assert found["per_worker"][0][:4] == [2, 0, 0, 1]
+    long = curves.series({0: [number / 10 for number in range(10000)]}, 1)
+    assert long["bin_seconds"] == 20.0
+    assert len(long["per_worker"][0]) <= 60
+
+
+def test_a_table_leaves_no_figure_out_for_being_invalid() -> None:
+    record = records.record(balance_file(steady(valid=False, invalid_reason="late")), "a.json")
+    (latency, shares) = tables.tables_of(record)
+    assert latency.rows[0][0] == "shared INVALID"
+    assert latency.struck == shares.struck == [0]
+    assert record.invalid == ["shared, steady, load 0.7, 2 workers: late"]
+
+
+def test_the_record_is_not_changed_by_showing_it() -> None:
+    data = balance_file(steady(), kill(lost=2))
+    before = copy.deepcopy(data)
+    record = records.record(data, "a.json")
+    formats.as_markdown([record], [])
+    assert data == before
