@@ -73,7 +73,7 @@ class AcceptedSocket(Socket):
 class Listener:
     """A worker's share of a port. Iterating gives (socket, address) until the worker is told to drain.
 
-    Threads may accept together. Under every strategy but dispatch `socket` is the listening socket itself, for servers that bring their own loop.
+    Threads may accept together. `socket` is the listening socket itself, for servers with a loop of their own; dispatch has none.
     """
 
     def __init__(
