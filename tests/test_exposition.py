@@ -48,6 +48,8 @@ def test_what_the_page_says() -> None:
         for _ in range(6):
             ask(running.endpoint)
         until(lambda: sum(one.open for one in running.stats()) == 0)
+        # A worker is ready right before it first waits.
+        until(lambda: all(one.heartbeat is not None for one in running.stats()))
         found = read(fdpass.metrics(running))
         assert found["fdpass_worker_accepted_total", "0"] + found["fdpass_worker_accepted_total", "1"] == 6
         for index in "01":
