@@ -68,7 +68,7 @@ class Load:
                 answer = ask(self.endpoint, word)
                 if answer[-1:] != [word]:
                     self.failed.append(f"{word}: {answer}")
-            except OSError as error:
+            except (OSError, fdpass.ClosedError) as error:
                 self.failed.append(f"{word}: {error!r}")
             with self.answer:
                 self.answered += 1
@@ -255,6 +255,38 @@ def test_a_predecessor_that_does_not_end_is_killed() -> None:
         running.roll()
         assert running.stats()[0].exitcode == -signal.SIGKILL
         assert running.stats()[0].state == "ready"
+
+
+def test_clients_that_never_stop_coming_do_not_keep_a_worker_from_ending() -> None:
+    """Nobody else takes what is queued at a socket of the worker's own: it does so itself, but not for ever."""
+    with group(targets.slow, 1, strategy="reuseport-bare", stop_timeout=2.0) as running:
+        with Load(running, clients=4) as load:
+            running.stop()
+            load.over.set()
+        assert running.stats()[0].exitcode == 0
+
+
+def test_a_sigterm_right_at_the_end_prints_nothing(run_python: Callable[..., Any]) -> None:
+    code = """
+import os, signal
+from fdpass._worker import _ignore_sigterm
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+parent = os.getpid()
+pid = os.fork()
+if pid == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while os.getppid() == parent:
+        os.kill(parent, signal.SIGTERM)
+    os._exit(0)
+for _ in range(2000):
+    _ignore_sigterm()
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+"""
+    assert run_python(code).stderr == ""
 
 
 SCRIPT = """
