@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import roll_targets as targets
 
 METHODS = ("fork", "spawn", "forkserver")
-STRATEGIES = ("shared", "reuseport", "reuseport-bare")
+STRATEGIES = ("shared", "reuseport", "reuseport-bare", "dispatch")
 #: The successors of a fork group are forked beside the supervising thread, which CPython warns of.
 FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -134,8 +134,9 @@ def test_every_worker_is_replaced(switch: Switch, strategy: str, method: str) ->
     assert [one.exitcode for one in running.stats()] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("target", ["serve", "own_loop"])
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize(
+    ("strategy", "target"), [*itertools.product(["shared", "reuseport"], ["serve", "own_loop"]), ("dispatch", "serve")]
+)
 def test_clients_notice_nothing(strategy: str, target: str) -> None:
     with group(getattr(targets, target), 2, strategy=strategy) as running:
         with Load(running) as load:
@@ -157,7 +158,7 @@ def test_a_unix_socket_rolls(tmp_path: Path) -> None:
             assert sock.recv(100)
 
 
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize("strategy", ["shared", "reuseport", "dispatch"])
 def test_rolls_and_kills_together(strategy: str) -> None:
     """What a killed worker had accepted is lost, and nothing else: one connection for each kill, as a worker serves one at a time."""
     with group(targets.serve, 3, strategy=strategy, restart="on-failure") as running:
@@ -307,7 +308,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize("strategy", ["shared", "reuseport", "dispatch"])
 def test_sigterm_to_every_process_at_once_cuts_nothing(tmp_path: Path, strategy: str) -> None:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT.format(here=str(Path(__file__).parent), strategy=strategy))
@@ -359,7 +360,7 @@ def test_a_successor_that_crashes_leaves_the_old_worker(switch: Switch, strategy
         assert ask(running.endpoint)[2] == "new"
 
 
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize("strategy", ["shared", "reuseport", "dispatch"])
 @pytest.mark.parametrize(
     ("word", "error", "text"),
     [
