@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 import weakref
+from contextlib import suppress
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
 
@@ -251,13 +252,22 @@ class Listener:
         """Tells the supervisor, once, that the drained listener is out of the queue and gives no more connections."""
         if not self._done:
             self._done = True
+            if self._sole:
+                # Connections would go on coming to it while others finish, and nobody would take them.
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
             self._tell(("drained",))
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
     def _accept(self) -> tuple[Socket, Any] | None:
         """One connection, or None when there is none after all."""
-        taken = self._place.take(self._sock)
+        try:
+            taken = self._place.take(self._sock)
+        except OSError:
+            if not self._done:
+                raise
+            return None  # another thread has found the queue empty, and shut it
         if taken is None:
             return None
         accepted = self._admit(*taken)
@@ -319,7 +329,7 @@ class Listener:
             if self._channel is not None and not self._ordered and self._channel.poll():
                 self._obey()
             with self._lock:
-                if self._sock.fileno() < 0 or monotonic() >= self._look_by or not self._place.waiting():
+                if self._done or self._sock.fileno() < 0 or monotonic() >= self._look_by or not self._place.waiting():
                     return False
                 if self._place.room():
                     return True

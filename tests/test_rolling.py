@@ -267,6 +267,25 @@ def test_clients_that_never_stop_coming_do_not_keep_a_worker_from_ending() -> No
         assert running.stats()[0].exitcode == 0
 
 
+def test_a_worker_that_drains_gets_no_connection_that_it_would_not_take(tmp_path: Path) -> None:
+    """Its own socket is shut once its last look is over, however long it goes on with what it accepted."""
+    with (
+        group(targets.notes_sigterm, 1, strategy="reuseport-bare", args=(str(tmp_path / "note"),)) as running,
+        socket.create_connection(running.endpoint.address, timeout=30) as kept,
+    ):
+        old = kept.recv(100)
+        roller = threading.Thread(target=running.roll, name="fdpass-test-roll")
+        roller.start()
+        slot = running._slots[0]
+        until(lambda: slot.leaving is not None and slot.leaving._drained)
+        for _ in range(20):
+            with socket.create_connection(running.endpoint.address, timeout=30) as fresh:
+                assert fresh.recv(100) not in (b"", old)
+        kept.close()
+        roller.join()
+        assert running.stats()[0].exitcode == 0
+
+
 def test_a_sigterm_right_at_the_end_prints_nothing(run_python: Callable[..., Any]) -> None:
     code = """
 import os, signal
