@@ -549,7 +549,8 @@ static long long prepare(struct fdp_dispatcher *d, nfds_t *count, int hungry, lo
             continue;
         if (line->deaf <= now)
             poll_for(d, count, line->ours, at);
-        if (line->pidfd != NONE)
+        /* Of one whose end has been seen it would stay readable until everything is back. */
+        if (line->pidfd != NONE && line->phase != GONE)
             poll_for(d, count, line->pidfd, at);
         sooner(&first, line->deaf, now);
     }

@@ -4,6 +4,7 @@ strategy: shared (the default), reuseport, reuseport-bare, dispatch or auto. uvi
 its own signal handling ends it when the group stops.
 """
 
+import asyncio
 import os
 import sys
 
@@ -39,6 +40,12 @@ class Server(uvicorn.Server):
 
         self.servers = [await fdpass.aio.create_server(protocol, self.listener, ssl=self.config.ssl)]
         self.started = True
+
+    async def shutdown(self, sockets=None) -> None:
+        """uvicorn closes what it has read nothing from yet. Out of the queue first, then a moment for what was sent already to be read."""
+        self.listener.drain()
+        await asyncio.sleep(0.1)
+        await super().shutdown(sockets)
 
 
 #: One connection for each wake-up of one worker, where this version of fdpass has such a loop.

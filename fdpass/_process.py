@@ -114,7 +114,7 @@ class WorkerProcess:
         self._press_at = by - min(LAST_SECONDS, LAST_PART * max(0.0, by - now))
         if self.channel is not None:
             try:
-                self.channel.send(("drain",), timeout=0.1)
+                self.channel.send(("drain", max(0.0, by - now)), timeout=0.1)
             except (FdPassError, OSError):
                 pass  # it has ended, or does not read: SIGTERM and SIGKILL are left
 

@@ -51,9 +51,7 @@ def run(channel: Channel, cargo: Cargo) -> None:
         if not listener.draining:
             raise
     finally:
-        # What is left is the interpreter's own end, in which Python puts back default handlers: a SIGTERM that
-        # follows the drain closely would then turn a clean exit into a death by signal.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _ignore_sigterm()
         listener._close()
         page.close()
         channel.close()
@@ -85,6 +83,18 @@ class _Terminate:
             self._supervisors = False
             return True
         return False
+
+
+def _ignore_sigterm() -> None:
+    """What is left is the interpreter's own end, in which Python puts back default handlers: a SIGTERM that follows the drain closely
+    would then turn a clean exit into a death by signal.
+
+    Blocked first, and let one that came already find a handler of Python's: one that came while the handler is replaced has none, and
+    Python prints a traceback.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _in_forked_child(listener: Listener) -> None:

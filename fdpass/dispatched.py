@@ -70,8 +70,10 @@ class DispatchListener(Listener):
         with self._lock:
             wanted = self._received + self._credits
             if self._asked < wanted and not self._drained and not self._over:
-                self._asked = wanted
                 self._asking.ask(wanted)
+                self._asked = wanted
+                if self._drained:  # by a signal's handler, right here, which saw nothing to give up
+                    self._leave()
 
     def _join(self) -> bool:
         """Asks for connections; False while there is no descriptor to spare for one."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
 import threading
 import weakref
+from contextlib import suppress
 from time import monotonic, monotonic_ns
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +103,8 @@ class Listener:
         self._loops = 0  # places in the queue that event loops hold
         self._draining: list[Callable[[], None]] = []
         self._looked: set[int] = set()
+        # Where nobody else takes what is queued, by when even so no more of it is taken; the order to drain says it.
+        self._look_by = math.inf
         self._waiters = 0
         self._reported = 0.0
         self._wake_read, self._wake_write = os.pipe()
@@ -248,13 +252,22 @@ class Listener:
         """Tells the supervisor, once, that the drained listener is out of the queue and gives no more connections."""
         if not self._done:
             self._done = True
+            if self._sole:
+                # Connections would go on coming to it while others finish, and nobody would take them.
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
             self._tell(("drained",))
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
     def _accept(self) -> tuple[Socket, Any] | None:
         """One connection, or None when there is none after all."""
-        taken = self._place.take(self._sock)
+        try:
+            taken = self._place.take(self._sock)
+        except OSError:
+            if not self._done:
+                raise
+            return None  # another thread has found the queue empty, and shut it
         if taken is None:
             return None
         accepted = self._admit(*taken)
@@ -303,7 +316,8 @@ class Listener:
                     self._place.end_wait()
 
     def _last_look(self) -> bool:
-        """True once for every thread that accepts; where nobody else takes what is queued, until all of it was taken."""
+        """True once for every thread that accepts; where nobody else takes what is queued, until all of it was taken, or half of the
+        time for draining is over: clients that never stop coming must not have the last ones cut at its end."""
         if not self._sole:
             thread = threading.get_ident()
             with self._lock:
@@ -311,8 +325,11 @@ class Listener:
                 self._looked.add(thread)
             return look
         while True:
+            # The order may come after a signal.
+            if self._channel is not None and not self._ordered and self._channel.poll():
+                self._obey()
             with self._lock:
-                if self._sock.fileno() < 0 or not self._place.waiting():
+                if self._done or self._sock.fileno() < 0 or monotonic() >= self._look_by or not self._place.waiting():
                     return False
                 if self._place.room():
                     return True
@@ -355,6 +372,8 @@ class Listener:
             return False
         if order[0] == "drain":
             self._ordered = True
+            for seconds in order[1:]:
+                self._look_by = monotonic() + seconds / 2
             self.drain()
         return True
 

@@ -634,6 +634,8 @@ class WorkerGroup:
         """In a forked child: closes what is the supervisor's alone, so that no child keeps a port or a control channel alive."""
         self._lines = [[0] * WORDS] * (2 * len(self._slots))
         self._release()
+        for slot in self._slots:
+            slot.present = slot.successor = slot.leaving = None
         self._strategy.forget()
         self._endpoint.close()
         # Another thread of the parent may have held the lock at the fork.

@@ -41,6 +41,15 @@ def serve(listener: fdpass.Listener, word: str = "") -> None:
             conn.sendall(f"{listener.index} {os.getpid()} {word} {got.decode()}".encode())
 
 
+def slow(listener: fdpass.Listener) -> None:
+    """Each answer takes a while."""
+    for conn, _ in listener:
+        with conn:
+            conn.recv(100)
+            select.select([], [], [], 0.02)
+            conn.sendall(b"slow")
+
+
 def with_threads(listener: fdpass.Listener) -> None:
     """A thread for each connection; the process ends with the last of them."""
     for conn, _ in listener:

@@ -25,6 +25,7 @@ import fdpass
 from fdpass import _board, _syscall
 from fdpass._board import ACCEPTED, ASKED, OPEN
 from fdpass.aio.server import Server
+from fdpass.dispatched import DispatchListener
 
 sys.path.insert(0, str(Path(__file__).parent))
 import dispatch_targets as targets
@@ -515,6 +516,59 @@ def test_what_cannot_be_taken_back_now_is_taken_back_later(full_table: Callable[
         assert counts(running)["lost"] == 0
 
 
+def test_a_dead_worker_whose_connections_do_not_fit_does_not_keep_the_thread_busy(full_table: Callable[..., Any]) -> None:
+    with group(targets.answer, 2, credits=20) as running:
+        until(lambda: sum(words(running, ASKED)) == 40)
+        pids = [freeze(running, index) for index in range(2)]
+        clients = [connect(running.endpoint) for _ in range(40)]
+        until(lambda: counts(running)["given"] == 40)
+        with full_table():
+            kill(running, 0)
+            before = sum(os.times()[:2])
+            assert select.select([], [], [], 0.5) == ([], [], [])
+            assert sum(os.times()[:2]) - before < 0.25
+            # What the supervisor held of it made room for some.
+            assert counts(running)["pending"] < 20
+        os.kill(pids[1], signal.SIGCONT)
+        assert {read(client).split()[0] for client in clients} == {"1"}
+        for client in clients:
+            client.close()
+        assert counts(running)["lost"] == 0
+
+
+def test_a_worker_starts_without_a_descriptor_for_the_thread_to_watch_it(full_table: Callable[..., Any]) -> None:
+    with group(targets.answer, 1) as running:
+        until(lambda: asking(running) == 1)
+        strategy: Any = running._strategy
+        share = strategy.share(0, 1)
+        share["end"].close()  # so that launched() makes no room
+        with fdpass.OwnedFd(os.pidfd_open(os.getpid())) as pidfd, full_table():
+            strategy.launched(1, pidfd)
+        strategy.ended(1)
+        assert ask(running.endpoint)
+
+
+def test_a_drain_in_the_middle_of_a_request_withdraws_it(board: _board.Board, unix_pair: tuple[socket.socket, socket.socket]) -> None:
+    class Interrupted(_syscall.Asking):
+        """A signal's handler that drains comes between the look at the state and the request."""
+
+        def ask(self, count: int, wake: bool = False) -> None:
+            listener.drain()
+            super().ask(count, wake)
+
+    end = socket.socket(fileno=os.dup(unix_pair[0].fileno()))
+    listener = DispatchListener(end, 0, 1, (socket.AF_INET, socket.SOCK_STREAM, 0), board.lines[0], board.lines[4])
+    listener._asking = Interrupted(end.fileno(), board.lines[0], board.lines[4])
+    try:
+        listener._ask()
+        assert board.lines[0][ASKED] == 0
+    finally:
+        listener._close()
+        listener._events.close()
+        for fd in (listener._wake_read, listener._wake_write):
+            os.close(fd)
+
+
 def test_a_listener_that_is_shut_down_does_not_keep_the_thread_busy() -> None:
     with group(targets.answer, 2) as running:
         assert ask(running.endpoint)
@@ -893,6 +947,24 @@ def test_uvicorn(strategy: str) -> None:
         with httpx.Client(timeout=60) as client:
             assert len({client.get(url).text for _ in range(5)}) == 1  # one connection, kept alive
         until(lambda: sum(one.open for one in running.stats()) == 0)
+    assert [one.exitcode for one in running.stats()] == [0, 0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_uvicorn_cuts_nothing_at_a_sigterm_to_all(strategy: str) -> None:
+    if not (Path(__file__).parent.parent / "examples").exists():
+        pytest.skip("the examples are not beside the tests")
+    with group(targets.uvicorn, 2, strategy=strategy) as running:
+        clients = [connect(running.endpoint) for _ in range(20)]
+        until(lambda: sum(one.accepted for one in running.stats()) == 20)
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        for one in running.stats():
+            os.kill(one.pid, signal.SIGTERM)
+        for client in clients:
+            assert read(client).startswith("HTTP/1.1 200 ")
+            client.close()
+        until(lambda: {one.state for one in running.stats()} == {"ended"})
     assert [one.exitcode for one in running.stats()] == [0, 0]
 
 

@@ -98,6 +98,19 @@ def test_nobody_tells_the_queue_of_a_unix_socket_and_of_sockets_that_others_hold
             assert ("fdpass_worker_queue", "0") not in read(fdpass.metrics(running))
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("strategy", ["shared", "dispatch"])
+def test_a_forked_child_has_no_workers(strategy: str) -> None:
+    with group(targets.serve, 2, strategy=strategy) as running:
+        ask(running.endpoint)
+        pid = os.fork()
+        if pid == 0:
+            found = read(fdpass.metrics(running))
+            os._exit(int(sum(value for (name, _), value in found.items() if name in ("fdpass_worker_up", "fdpass_worker_accepted_total"))))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert "fdpass_worker_up" in fdpass.metrics(running)
+
+
 def test_strange_names_and_several_groups(tmp_path: Path) -> None:
     name = 'a "quoted"\\back\nline é'
     odd = group(targets.serve, 1, f"unix:{tmp_path}/s", name=name)

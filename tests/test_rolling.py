@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import roll_targets as targets
 
 METHODS = ("fork", "spawn", "forkserver")
-STRATEGIES = ("shared", "reuseport", "reuseport-bare")
+STRATEGIES = ("shared", "reuseport", "reuseport-bare", "dispatch")
 #: The successors of a fork group are forked beside the supervising thread, which CPython warns of.
 FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -68,7 +68,7 @@ class Load:
                 answer = ask(self.endpoint, word)
                 if answer[-1:] != [word]:
                     self.failed.append(f"{word}: {answer}")
-            except OSError as error:
+            except (OSError, fdpass.ClosedError) as error:
                 self.failed.append(f"{word}: {error!r}")
             with self.answer:
                 self.answered += 1
@@ -134,8 +134,9 @@ def test_every_worker_is_replaced(switch: Switch, strategy: str, method: str) ->
     assert [one.exitcode for one in running.stats()] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("target", ["serve", "own_loop"])
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize(
+    ("strategy", "target"), [*itertools.product(["shared", "reuseport"], ["serve", "own_loop"]), ("dispatch", "serve")]
+)
 def test_clients_notice_nothing(strategy: str, target: str) -> None:
     with group(getattr(targets, target), 2, strategy=strategy) as running:
         with Load(running) as load:
@@ -157,7 +158,7 @@ def test_a_unix_socket_rolls(tmp_path: Path) -> None:
             assert sock.recv(100)
 
 
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize("strategy", ["shared", "reuseport", "dispatch"])
 def test_rolls_and_kills_together(strategy: str) -> None:
     """What a killed worker had accepted is lost, and nothing else: one connection for each kill, as a worker serves one at a time."""
     with group(targets.serve, 3, strategy=strategy, restart="on-failure") as running:
@@ -257,6 +258,57 @@ def test_a_predecessor_that_does_not_end_is_killed() -> None:
         assert running.stats()[0].state == "ready"
 
 
+def test_clients_that_never_stop_coming_do_not_keep_a_worker_from_ending() -> None:
+    """Nobody else takes what is queued at a socket of the worker's own: it does so itself, but not for ever."""
+    with group(targets.slow, 1, strategy="reuseport-bare", stop_timeout=2.0) as running:
+        with Load(running, clients=4) as load:
+            running.stop()
+            load.over.set()
+        assert running.stats()[0].exitcode == 0
+
+
+def test_a_worker_that_drains_gets_no_connection_that_it_would_not_take(tmp_path: Path) -> None:
+    """Its own socket is shut once its last look is over, however long it goes on with what it accepted."""
+    with (
+        group(targets.notes_sigterm, 1, strategy="reuseport-bare", args=(str(tmp_path / "note"),)) as running,
+        socket.create_connection(running.endpoint.address, timeout=30) as kept,
+    ):
+        old = kept.recv(100)
+        roller = threading.Thread(target=running.roll, name="fdpass-test-roll")
+        roller.start()
+        slot = running._slots[0]
+        until(lambda: slot.leaving is not None and slot.leaving._drained)
+        for _ in range(20):
+            with socket.create_connection(running.endpoint.address, timeout=30) as fresh:
+                assert fresh.recv(100) not in (b"", old)
+        kept.close()
+        roller.join()
+        assert running.stats()[0].exitcode == 0
+
+
+def test_a_sigterm_right_at_the_end_prints_nothing(run_python: Callable[..., Any]) -> None:
+    code = """
+import os, signal
+from fdpass._worker import _ignore_sigterm
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+parent = os.getpid()
+pid = os.fork()
+if pid == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while os.getppid() == parent:
+        os.kill(parent, signal.SIGTERM)
+    os._exit(0)
+for _ in range(2000):
+    _ignore_sigterm()
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+"""
+    assert run_python(code).stderr == ""
+
+
 SCRIPT = """
 import signal, sys
 sys.path.insert(0, {here!r})
@@ -275,7 +327,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize("strategy", ["shared", "reuseport", "dispatch"])
 def test_sigterm_to_every_process_at_once_cuts_nothing(tmp_path: Path, strategy: str) -> None:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT.format(here=str(Path(__file__).parent), strategy=strategy))
@@ -327,7 +379,7 @@ def test_a_successor_that_crashes_leaves_the_old_worker(switch: Switch, strategy
         assert ask(running.endpoint)[2] == "new"
 
 
-@pytest.mark.parametrize("strategy", ["shared", "reuseport"])
+@pytest.mark.parametrize("strategy", ["shared", "reuseport", "dispatch"])
 @pytest.mark.parametrize(
     ("word", "error", "text"),
     [

@@ -360,7 +360,7 @@ class FairSelector(selectors.BaseSelector):
                 place.end()
                 # The order may have come right after an exclusive wake-up, which nobody else gets for that connection.
                 self._looks[fd] = 0 if listener._done else math.inf if listener._sole else 1
-            if self._looks.get(fd, 0) > 0 and place.waiting():
+            if self._looks.get(fd, 0) > 0 and monotonic() < listener._look_by and place.waiting():
                 if not place.room():
                     return ROOM
                 self._looks[fd] -= 1

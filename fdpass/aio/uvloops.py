@@ -15,6 +15,7 @@ import sys
 from asyncio import trsock
 from errno import EADDRINUSE
 from importlib.metadata import version
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _syscall
@@ -440,7 +441,7 @@ class _Acceptor:
         self._place.end_wait()
         if self._listener._sole:
             for _ in range(_IN_A_ROW):
-                if not self._place.waiting():
+                if monotonic() >= self._listener._look_by or not self._place.waiting():
                     break
                 if not self._place.room():
                     self._loop.call_later(ROOM, self._drain)

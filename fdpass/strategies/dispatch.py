@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fdpass import _syscall
@@ -52,10 +53,11 @@ class Dispatch(Strategy):
         return {"strategy": self.name, "index": index, "end": end, "kind": kind, "credits": self.credits, "order": self.order}
 
     def launched(self, line: int, pidfd: OwnedFd | None) -> None:
-        """From now on the thread itself sees that the process ends. Raises OSError."""
+        """From now on the thread itself sees that the process ends; without a descriptor to spare, ended() has to tell it."""
         self._close_end(line)
-        if self._dispatcher is not None:
-            self._dispatcher.launched(line, -1 if pidfd is None else pidfd.fileno())
+        if self._dispatcher is not None and pidfd is not None:
+            with suppress(OSError):
+                self._dispatcher.launched(line, pidfd.fileno())
 
     def retire(self, line: int) -> None:
         """No more connections go there; what the worker has not received goes to others."""
