@@ -548,6 +548,20 @@ def test_out_of_descriptors_a_server_leaves_the_queue(which: str) -> None:
         assert logged == 0
 
 
+def test_a_listening_socket_that_is_closed_without_a_word_is_forgotten(selector: aio.FairSelector) -> None:
+    first = socket.create_server(("127.0.0.1", 0))
+    key = selector.register(first, selectors.EVENT_READ)
+    with socket.create_connection(first.getsockname()):
+        assert selector.select(10.0) == [(key, selectors.EVENT_READ)]
+        number = first.fileno()
+        first.close()
+        # Its number goes to another listening socket, which nobody has registered.
+        with socket.create_server(("127.0.0.1", 0)) as second, socket.create_connection(second.getsockname()):
+            assert second.fileno() == number
+            assert selector.select(0.01) == []
+    selector.unregister(first)
+
+
 # -- load --------------------------------------------------------------------------------------------------------------------
 
 
@@ -566,7 +580,8 @@ def test_long_lived_connections_go_to_the_least_loaded(which: str) -> None:
 
         for _ in range(60):
             one_more()
-        assert max(opens()) - min(opens()) <= 3
+            until(lambda: at_rest(pids))
+        assert max(opens()) - min(opens()) <= 5
         for index, sock in list(held):
             if index in (b"0", b"1"):
                 sock.close()
@@ -813,8 +828,8 @@ def test_draining_under_load_loses_no_connection(which: str) -> None:
             thread.start()
         until(lambda: len(done) > 100)
         for index in (0, 1):
-            one = running._workers[index]
-            assert one.channel is not None
+            one = running._slots[index].present
+            assert one is not None and one.channel is not None
             one.channel.send(("drain",))
             until(lambda index=index: running.stats()[index].state == "ended")
             before = len(done)
