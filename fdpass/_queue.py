@@ -122,8 +122,10 @@ class Place:
             self._seen = True
             self._look_at, self.pause = now + AGAIN, AGAIN
             return False
-        self._behind = True
-        return self.room()
+        self._behind = self.room()
+        if not self._behind:
+            self._look_at, self.pause = now + ROOM, ROOM
+        return self._behind
 
     def waiting(self) -> bool:
         """Whether a connection waits in the socket now."""
