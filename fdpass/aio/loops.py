@@ -73,6 +73,12 @@ class EventLoop(asyncio.SelectorEventLoop):
             listener._follow(self)
             listener._on_drain(self._look_up)
 
+    def close(self) -> None:
+        """Closes the loop; again does nothing."""
+        super().close()
+        for listener in self._followed:
+            listener._off_drain(self._look_up)
+
     def _look_up(self) -> None:
         """Ends the wait, so that the selector sees who drains. From any thread or signal handler."""
         try:
@@ -238,6 +244,8 @@ class FairSelector(selectors.BaseSelector):
 
     def close(self) -> None:
         """Closes the epoll; again does nothing."""
+        for listener in self._told:
+            listener._off_drain(self._hear)
         for fd in list(self._places):
             self._remove(fd)
         self._epoll.close()
