@@ -122,8 +122,10 @@ class Place:
             self._seen = True
             self._look_at, self.pause = now + AGAIN, AGAIN
             return False
-        self._behind = True
-        return self.room()
+        self._behind = self.room()
+        if not self._behind:
+            self._look_at, self.pause = now + ROOM, ROOM
+        return self._behind
 
     def waiting(self) -> bool:
         """Whether a connection waits in the socket now."""
@@ -132,20 +134,23 @@ class Place:
             self._poll.register(self.fd, select.POLLIN)
         return any(event & select.POLLIN for _, event in self._poll.poll(0))
 
-    def leave(self) -> None:
-        """Leaves the queue; again does nothing."""
+    def leave(self) -> bool:
+        """Leaves the queue; again does nothing. False when the socket, or the epoll, was closed behind its back."""
         if self.queued:
             self.queued = False
             try:
                 self.events.unregister(self.fd)
             except (OSError, ValueError):
-                pass  # the socket was closed, and so it is in no epoll, or the epoll was
+                return False  # it is in no epoll any more
+        return True
 
     def rotate(self) -> None:
         """To the end of the queue: an exclusive wake-up goes to whoever registered first, every time."""
         if self.queued and self.rotates:
-            self.leave()
-            self.settle()
+            if self.leave():
+                self.settle()
+            else:
+                self.ended = True  # by now the number may be of something else
 
     def end(self) -> None:
         """Leaves for good. The spare descriptor is kept for a last look; close() gives it back."""
@@ -206,7 +211,13 @@ class Place:
         if not self.room():
             self.pause = max(0.0, self._room_at - monotonic())
             return False
-        self.events.register(self.fd, select.POLLIN | self.exclusive)
+        try:
+            self.events.register(self.fd, select.POLLIN | self.exclusive)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC):  # memory, or fs.epoll.max_user_watches
+                raise
+            self.pause = ROOM
+            return False
         self.queued = True
         return True
 
@@ -229,8 +240,15 @@ class Place:
     def _heavy(self) -> bool:
         """Whether this worker has more than the least loaded of those that wait, by more than the band. A worker that does not wait, be it
         busy, dead or out itself, takes no connection, whatever its load."""
-        least = min((load_of(other) for other in self._others if other[WAITING]), default=None)
-        return least is not None and load_of(self.line) > least + 1 + least // 128
+        own = load_of(self.line)
+        if own < 2:
+            return False
+        for other in self._others:
+            if other[WAITING]:
+                load = load_of(other)
+                if own > load + 1 + load // 128:
+                    return True
+        return False
 
     def _give_spare(self) -> bool:
         spare, self._spare = self._spare, -1

@@ -227,6 +227,12 @@ class Listener:
                 return
         callback()
 
+    def _off_drain(self, callback: Callable[[], None]) -> None:
+        """Takes back what _on_drain() was given; what was called, or never given, does not matter."""
+        with self._lock:
+            if callback in self._draining:
+                self._draining.remove(callback)
+
     def _follow(self, loop: Any) -> None:
         """Has an asyncio event loop listen to the supervisor, and tells the supervisor so: an order to drain needs no SIGTERM then."""
         if self._channel is None:

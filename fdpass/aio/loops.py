@@ -73,6 +73,12 @@ class EventLoop(asyncio.SelectorEventLoop):
             listener._follow(self)
             listener._on_drain(self._look_up)
 
+    def close(self) -> None:
+        """Closes the loop; again does nothing."""
+        super().close()
+        for listener in self._followed:
+            listener._off_drain(self._look_up)
+
     def _look_up(self) -> None:
         """Ends the wait, so that the selector sees who drains. From any thread or signal handler."""
         try:
@@ -153,8 +159,11 @@ class FairSelector(selectors.BaseSelector):
         self._places: dict[int, Place] = {}
         self._listeners: dict[int, Listener] = {}
         self._woken: list[Place] = []
-        #: Places to look after before each wait: out of the queue, or a group's.
+        #: Those of a group's listeners: their waits stand on the board.
+        self._lined: list[Place] = []
+        #: Places to look after before each wait: out of the queue, coming back to it, or of a listener that drains.
         self._watched: dict[int, Place] = {}
+        self._told: weakref.WeakSet[Listener] = weakref.WeakSet()
         #: Of drained listeners: how many last looks are left; a sole one looks until nothing is left.
         self._looks: dict[int, float] = {}
         #: Counts the calls of select().
@@ -225,18 +234,18 @@ class FairSelector(selectors.BaseSelector):
                 if not place.queued:
                     self.watch(place)
             self._woken.clear()
+        for place in self._lined:
+            if place.restless and (not self._settle(place) or place.pause is not None):
+                self._watched[place.fd] = place
         if self._watched:
             return self._select_watched(timeout)
         # epoll_wait() counts milliseconds: rounded up, so that a timer is due when it returns.
-        wait = -1 if timeout is None else 0 if timeout <= 0 else math.ceil(timeout * 1e3) * 1e-3
-        try:
-            events = self._epoll.poll(wait, len(self._keys) or 1)
-        except InterruptedError:
-            return []
-        return self._ready(events)
+        return self._ready(self._wait(-1 if timeout is None else 0 if timeout <= 0 else math.ceil(timeout * 1e3) * 1e-3))
 
     def close(self) -> None:
         """Closes the epoll; again does nothing."""
+        for listener in self._told:
+            listener._off_drain(self._hear)
         for fd in list(self._places):
             self._remove(fd)
         self._epoll.close()
@@ -287,11 +296,17 @@ class FairSelector(selectors.BaseSelector):
         place = Place(fd, self._epoll, exclusive=True, rotate=True) if listener is None else listener._place_in(self._epoll, fd)
         place.settle()
         self._places[fd] = place
+        if not place.queued:
+            self._watched[fd] = place
         if listener is not None:
             self._listeners[fd] = listener
+            self._lined.append(place)
             listener._loops += 1
-        if listener is not None or not place.queued:
-            self._watched[fd] = place
+            if listener.draining:
+                self._watched[fd] = place
+            elif listener not in self._told:
+                self._told.add(listener)
+                listener._on_drain(self._hear)
 
     def _remove(self, fd: int) -> None:
         place = self._places.pop(fd, None)
@@ -307,9 +322,37 @@ class FairSelector(selectors.BaseSelector):
             self._woken.remove(place)
         listener = self._listeners.pop(fd, None)
         if listener is not None:
+            self._lined.remove(place)
+            place.end_wait()
             listener._loops -= 1
             if self._looks.pop(fd, None) is not None:
                 listener._left()
+
+    def _settle(self, place: Place) -> bool:
+        try:
+            return place.settle()
+        except OSError:
+            # Closed without a word, which other selectors do not mind either.
+            place.end()
+            return True
+
+    def _wait(self, seconds: float) -> list[tuple[int, int]]:
+        for place in self._lined:
+            place.begin_wait()
+        try:
+            return self._epoll.poll(seconds, len(self._keys) or 1)
+        except InterruptedError:
+            return []
+        finally:
+            for place in self._lined:
+                place.end_wait()
+
+    def _hear(self) -> None:
+        """A listener drains: its places are looked after before the next wait. From any thread or signal handler."""
+        for fd, listener in list(self._listeners.items()):
+            place = self._places.get(fd)
+            if listener.draining and place is not None:
+                self._watched[fd] = place
 
     def _ready(self, events: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
         keys, places = self._keys, self._places
@@ -337,17 +380,7 @@ class FairSelector(selectors.BaseSelector):
             if deadline is not None:
                 until = max(0.0, deadline - monotonic())
                 left = until if left is None else min(left, until)
-            waiting = [place for place in self._watched.values() if place.line is not None]
-            for place in waiting:
-                place.begin_wait()
-            try:
-                events = self._epoll.poll(-1 if left is None else math.ceil(left * 1e3) * 1e-3, len(self._keys) or 1)
-            except InterruptedError:
-                events = []
-            finally:
-                for place in waiting:
-                    place.end_wait()
-            ready = self._ready(events)
+            ready = self._ready(self._wait(-1 if left is None else math.ceil(left * 1e3) * 1e-3))
             ready += [(self._keys[fd], _READ) for fd in due]
             if ready or (deadline is not None and monotonic() >= deadline):
                 return ready
@@ -372,9 +405,11 @@ class FairSelector(selectors.BaseSelector):
                 place.close()
                 listener._left()
             return None
-        if place.settle():
-            if listener is None:
+        if self._settle(place):
+            if place.pause is None:
                 del self._watched[fd]
+                if listener is not None and listener.draining:  # since it was looked at, in another thread
+                    self._watched[fd] = place
         elif place.overdue():
             due.append(fd)
         return place.pause

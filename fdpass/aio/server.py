@@ -4,18 +4,15 @@ ended. How connections come is the listener's affair."""
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import weakref
 from asyncio.trsock import TransportSocket
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fdpass import _syscall
-from fdpass._queue import EXHAUSTED, GIVEN_UP, ROOM
+from fdpass._queue import ROOM, Place
 from fdpass.dispatched import DispatchListener
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from ssl import SSLContext
 
@@ -43,12 +40,6 @@ async def create_server(
     loop = asyncio.get_running_loop()
     if ssl is None and ssl_handshake_timeout is not None:
         raise ValueError("ssl_handshake_timeout goes with ssl")
-    if getattr(loop, "_accepts", False) and not isinstance(listener, DispatchListener):
-        # uvloop's, which waits for a listening socket in a way of its own.
-        served = await loop.create_server(protocol_factory, sock=listener.socket, ssl=ssl, ssl_handshake_timeout=ssl_handshake_timeout)
-        listener._accepting = True
-        listener._on_drain(partial(_from_anywhere, loop, served.close))
-        return served
     server = Server(protocol_factory, listener, loop, ssl, ssl_handshake_timeout)
     await server.start_serving()
     return server
@@ -96,7 +87,12 @@ class Server(asyncio.AbstractServer):
         self._protocol_factory, self._listener, self._loop = protocol_factory, listener, loop
         self._ssl, self._ssl_handshake_timeout = ssl, ssl_handshake_timeout
         self._source: _Queue | _Given = _Given(listener) if isinstance(listener, DispatchListener) else _Queue(listener)
-        self._serving = self._closed = self._asking = self._hooked = False
+        # uvloop's fair loop waits for a listening socket in a way of its own.
+        waits = getattr(loop, "_acceptor", None)
+        self._acceptor: Any = None
+        if waits is not None and not isinstance(listener, DispatchListener):
+            self._acceptor = waits(listener._sock, self._accepted, self.close)
+        self._serving = self._closed = self._asking = False
         self._resting: asyncio.TimerHandle | None = None
         self._open = 0  # connections that were accepted and not closed
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,7 +126,8 @@ class Server(asyncio.AbstractServer):
         self._join()
         self._listener._follow(self._loop)
         self._listener.ready()
-        self._listener._on_drain(partial(_from_anywhere, self._loop, self._drain))
+        if self._acceptor is None:
+            self._listener._on_drain(self._told)
 
     async def serve_forever(self) -> None:
         """Returns when the server is closed or drained and its connections have ended; cancelled, it closes the server."""
@@ -146,11 +143,14 @@ class Server(asyncio.AbstractServer):
         if self._closed:
             return
         self._closed, self._serving = True, False
-        if self._resting is not None:
+        if self._acceptor is not None:
+            self._acceptor.stop()
+        elif self._resting is not None:
             self._resting.cancel()
         else:
             self._loop.remove_reader(self._source.fileno())
         self._source.leave()
+        self._listener._off_drain(self._told)
         self._look_for_end()
 
     async def wait_closed(self) -> None:
@@ -170,6 +170,9 @@ class Server(asyncio.AbstractServer):
 
     # -- draining --------------------------------------------------------------------------------------------------------------
 
+    def _told(self) -> None:
+        _from_anywhere(self._loop, self._drain)
+
     def _drain(self) -> None:
         if not self._closed:
             # Out of the queue first. The order may have come right after an exclusive wake-up, which nobody else gets for that connection.
@@ -183,7 +186,9 @@ class Server(asyncio.AbstractServer):
 
     def _join(self) -> None:
         self._resting = None
-        if self._source.room():
+        if self._acceptor is not None:
+            self._acceptor.start()
+        elif self._source.room():
             self._loop.add_reader(self._source.fileno(), self._readable)
             self._source.ask()
         else:
@@ -214,8 +219,13 @@ class Server(asyncio.AbstractServer):
 
     def _take(self) -> None:
         conn = self._source.take()
-        if conn is None:
-            return
+        if conn is not None:
+            self._begin(conn)
+
+    def _accepted(self, plain: socket.socket, address: Any, listener: Listener) -> None:
+        self._begin(listener._admit(plain, address)[0])
+
+    def _begin(self, conn: AcceptedSocket) -> None:
         conn._after = self._leave
         self._open += 1
         task = self._loop.create_task(self._serve(conn))
@@ -259,8 +269,8 @@ class _Queue:
 
     def __init__(self, listener: Listener) -> None:
         self._listener, self._sock = listener, listener._sock
-        self._spare = -1
-        self.full = False
+        # In no epoll: the loop waits, this takes.
+        self._place = Place(self._sock.fileno(), None, exclusive=False, rotate=False, spare_of=self._sock.fileno())
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
@@ -269,46 +279,24 @@ class _Queue:
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    @property
+    def full(self) -> bool:
+        return not self._place.room()
+
     def room(self) -> bool:
         """Whether there is a descriptor to spare, after trying."""
-        if self._spare < 0:
-            try:
-                self._spare = _syscall.dup(self._sock.fileno())
-            except OSError as error:
-                if error.errno not in EXHAUSTED:
-                    raise
-        self.full = self._spare < 0
-        return not self.full
+        return self._place.room()
 
     def ask(self) -> None:
         """Nothing to ask: being in the queue is enough."""
 
     def take(self) -> AcceptedSocket | None:
-        try:
-            plain, address = self._sock.accept()
-        except (BlockingIOError, InterruptedError):
-            return None  # another worker was faster
-        except OSError as error:
-            if error.errno in GIVEN_UP:
-                return None
-            if error.errno not in EXHAUSTED:
-                raise
-            # The exclusive wake-up was spent on this worker: the spare descriptor makes room for that connection.
-            self.full = True
-            if not self.leave():
-                return None
-            try:
-                plain, address = self._sock.accept()
-            except OSError:
-                return None
-        return self._listener._admit(plain, address)[0]
+        taken = self._place.take(self._sock)
+        return None if taken is None else self._listener._admit(*taken)[0]
 
-    def leave(self) -> bool:
-        """Gives the spare descriptor up; whether there was one."""
-        spare, self._spare = self._spare, -1
-        if spare >= 0:
-            os.close(spare)
-        return spare >= 0
+    def leave(self) -> None:
+        """Gives the spare descriptor up."""
+        self._place.close()
 
 
 class _Given:

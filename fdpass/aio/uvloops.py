@@ -135,6 +135,10 @@ class UvloopEventLoop(uvloop.Loop):
         if self._libuv is not None:
             self._libuv.close()
 
+    def _acceptor(self, sock: socket.socket, take: Callable[..., None], ended: Callable[[], None]) -> _Acceptor:
+        """For fdpass.aio.create_server(): take(connection, address, listener) for each, ended() when its listener has drained."""
+        return _Acceptor(self, sock, take, ended)
+
     def _epoll(self) -> select.epoll:
         """libuv's epoll, by a duplicate of its number: select.epoll closes what it is given."""
         if self._libuv is None:
@@ -335,8 +339,10 @@ class Server(asyncio.AbstractServer):
 class _Acceptor:
     """One listening socket in one loop: waits in libuv's epoll, takes a batch for each wake-up, and keeps to its place in the queue."""
 
-    def __init__(self, loop: UvloopEventLoop, sock: socket.socket, take: Callable[..., None]) -> None:
-        self._loop, self._sock, self._take, self._fd = loop, sock, take, sock.fileno()
+    def __init__(
+        self, loop: UvloopEventLoop, sock: socket.socket, take: Callable[..., None], ended: Callable[[], None] | None = None
+    ) -> None:
+        self._loop, self._sock, self._take, self._fd, self._ended = loop, sock, take, sock.fileno(), ended
         self._listener = listener_of(self._fd)
         epoll = loop._epoll()
         if self._listener is None:
@@ -375,6 +381,7 @@ class _Acceptor:
         self._place.close()
         self._place.end_wait()
         if self._listener is not None:
+            self._listener._off_drain(self._told)
             self._listener._loops -= 1
             if self._listener.draining:
                 self._listener._left()
@@ -453,3 +460,5 @@ class _Acceptor:
         elif not self._listener._done:
             self._one()
         self.stop()
+        if self._ended is not None:
+            self._ended()
