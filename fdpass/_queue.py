@@ -29,7 +29,7 @@ GIVEN_UP = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETD
 ROOM = 0.05
 #: A worker that its load keeps out looks so often whether that has changed, and whether a connection waits all the same; it takes one that
 #: still waits at a second look, so long afterwards: at the first the one whose it is may just be waking up. In seconds.
-LOOK, AGAIN = 0.0025, 0.0025
+LOOK, AGAIN = 0.002, 0.002
 #: So long after it came back it goes on looking: that nobody with less was waiting may have been true for a moment only. In seconds.
 DOUBT = 0.05
 
