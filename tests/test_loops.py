@@ -28,6 +28,7 @@ import fdpass
 from fdpass import _queue, aio
 from fdpass._board import ACCEPTED, LOAD, OPEN, WAITING, WORDS
 from fdpass._queue import Place
+from fdpass.aio import uvloops
 from fdpass.channel import Channel
 from fdpass.listener import AcceptedSocket, Listener, ListenSocket, listener_of
 
@@ -654,6 +655,32 @@ def test_out_of_descriptors_and_kept_out_it_does_not_spin(full_table: Any) -> No
                 assert place.pause > _queue.AGAIN
             until(place.overdue)
         place.close()
+
+
+def test_on_uvloop_a_worker_that_is_kept_out_looks_no_more_than_once_a_millisecond(made: Any) -> None:
+    one = made(lines=[line(0)], balance=True)
+    one.line[LOAD] = 10
+    look, looks = uvloops._Acceptor._look.__code__, 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal looks
+        looks += event == "call" and frame.f_code is look
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(talk, sock=one.listener.socket)
+        began = loop.time()
+        sys.setprofile(count)
+        try:
+            while looks < 50:
+                await asyncio.sleep(0.001)
+        finally:
+            sys.setprofile(None)
+        # The clock of the loop counts whole milliseconds.
+        assert looks <= (loop.time() - began) * 1e3 + 2
+        server.close()
+
+    run("uvloop", main)
 
 
 # -- a listener by itself ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ What a place in the queue is stands in _queue.py; what a connection does is uvlo
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import select
 import socket
@@ -421,7 +422,8 @@ class _Acceptor:
         self._place.settle()
         self._place.begin_wait()
         if self._place.pause is not None and self._timer is None:
-            self._timer = self._loop.call_later(self._place.pause, self._look)
+            # uvloop rounds to the nearest millisecond: half of one would be none, and spin.
+            self._timer = self._loop.call_later(math.ceil(self._place.pause * 1e3) * 1e-3, self._look)
 
     def _look(self) -> None:
         self._timer = None
