@@ -121,10 +121,11 @@ def browser() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [sys.executable, "-c", _LAUNCH, str(ours[0]), str(theirs[1]), CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"]
         with open(ours[1], "wb") as orders, open(theirs[0], "rb") as answers:
+            # A sanitizer's library is for Python alone.
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
             try:
-                process = subprocess.Popen(
-                    command, pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
+                process = subprocess.Popen(command, pass_fds=(ours[0], theirs[1]), env=environment, **quiet)
             finally:
                 os.close(ours[0])
                 os.close(theirs[1])

@@ -17,6 +17,7 @@ from browser import CHROMIUM, Browser, browser
 from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, scale_out, stall, steady, written
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH (apt install chromium)"),
     pytest.mark.timeout(300),
 ]

@@ -27,6 +27,8 @@ SERVICE = 20_000_000  # ns
 
 PRELOADED = {name: value for name, value in os.environ.items() if name == "LD_PRELOAD"}
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def no_preload(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ FILES = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE.read_text(),
 COMMANDS = re.findall(r"^\$ (.*)$", PAGE.read_text(), re.MULTILINE)
 APPLICATION = re.search(r"^async def app\(.*?(?=^def )", FILES["uvicorn_group.py"], re.DOTALL | re.MULTILINE)
 
+pytestmark = pytest.mark.long
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as sock:

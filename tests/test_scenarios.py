@@ -21,7 +21,7 @@ from fdpass_bench.clients import Client, Clients
 from fdpass_bench.runs import Plan, Run
 from fdpass_bench.strategy import PROGRAMS, Strategy
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the load generator needs Linux")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(sys.platform != "linux", reason="the load generator needs Linux")]
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "fdpass_bench", "balance"]
 PROGRAM_NAMES = [f"shared:{program}" for program in PROGRAMS]

@@ -20,6 +20,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 if not DOCS.exists():
     pytest.skip("the documentation is not beside the tests", allow_module_level=True)
 
+pytestmark = pytest.mark.long
+
 
 def programs(page: str) -> list[str]:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
