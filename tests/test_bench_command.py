@@ -319,9 +319,10 @@ def test_serve_answers_with_the_index_and_who_names_its_processes(strategy: str)
         assert found is not None, line
         host, port = found[1], int(found[2])
         answers = {get(host, port) for _ in range(8)}
+        while strategy == "shared" and len(answers) < 2:
+            # On a busy machine one worker may be back in its wait before the other was there at all.
+            answers.add(get(host, port))
         assert answers <= {(200, "0\n"), (200, "1\n")}
-        if strategy == "shared":
-            assert len(answers) == 2
 
         who = run("who", str(port))
         assert who.returncode == 0
