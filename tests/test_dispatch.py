@@ -894,13 +894,11 @@ def test_an_asyncio_worker_out_of_descriptors_leaves_the_queue(strategy: str) ->
             held.append(connect(running.endpoint))
             if held[-1].recv(100).startswith(b"0"):
                 break
-        # The number that was held free may serve one more.
-        more = [connect(running.endpoint) for _ in range(20)]
-        found = [sock.recv(100)[:1] for sock in more]
-        assert found.count(b"0") <= 1
         process = psutil.Process(running.stats()[0].pid)
         before = sum(process.cpu_times()[:2])
-        assert [talk(connect(running.endpoint)) for _ in range(10)] == ["1"] * 10
+        # The number that was held free may serve one more.
+        more = [connect(running.endpoint) for _ in range(20)]
+        assert [sock.recv(100)[:1] for sock in more].count(b"0") <= 1
         assert select.select([], [], [], 0.5) == ([], [], [])
         assert sum(process.cpu_times()[:2]) - before < 0.25
         held[-1].sendall(b"free")
