@@ -166,7 +166,7 @@ class Server(asyncio.AbstractServer):
         """Closes every connection at once."""
         for transport in list(self._transports):
             # uvloop's are of no class of asyncio's.
-            transport.abort()  # type: ignore[attr-defined]
+            transport.abort()  # type: ignore[attr-defined]  # those of servers are all streams
 
     # -- draining --------------------------------------------------------------------------------------------------------------
 
