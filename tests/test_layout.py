@@ -60,7 +60,7 @@ FLOORS = [
     {"fdpass_bench.sharing", "fdpass_bench.longlived", "fdpass_bench.loaded", "fdpass_bench.figures", "fdpass_bench.scenario_tables"},
     {"fdpass_bench.balance"},
     {"fdpass_bench.report"},
-    {"fdpass_bench.doctor", "fdpass_bench.publish", "fdpass_bench.who"},
+    {"fdpass_bench.campaign", "fdpass_bench.doctor", "fdpass_bench.publish", "fdpass_bench.who"},
     {"fdpass_bench.cli"},
     {"fdpass_bench.__main__"},
 ]

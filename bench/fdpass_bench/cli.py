@@ -19,10 +19,11 @@ from fdpass_bench import screens
 
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
+    from fdpass_bench.campaign import Campaign
     from fdpass_bench.peers import Target
     from fdpass_bench.price import Plan as PricePlan
-    from fdpass_bench.runs import Plan, Run
-    from fdpass_bench.steady import Server, Trial, Work
+    from fdpass_bench.runs import Plan
+    from fdpass_bench.steady import Server, Work
     from fdpass_bench.strategy import Strategy
 
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
@@ -130,9 +131,10 @@ def command(ctx: click.Context) -> int:
     """
     if ctx.invoked_subcommand is not None:
         return 0
+    from fdpass_bench.campaign import Campaign
     from fdpass_bench.strategy import Strategy
 
-    return _measure(_plans([Strategy.parse(text) for text in _DEMONSTRATION], _FIRST, 4, None, 10.0, None), None)
+    return _measure(Campaign(_plans([Strategy.parse(text) for text in _DEMONSTRATION], _FIRST, 4, None, 10.0, None)), None)
 
 
 @command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
@@ -280,23 +282,24 @@ def balance(
             raise click.BadParameter(f"{scenarios[0]} makes at most {most} connections", ctx, param_hint="--connections")
     if credits is not None and not any(strategy.name == "dispatch" for strategy in strategies):
         raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
+    from fdpass_bench.campaign import Campaign, Steady
+
     service = None if service_ms is None else service_ms / 1000
     more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "credits": credits, "seed": 1 if seed is None else seed}
     plans = _plans(strategies, scenarios, workers, connections, time_limit, service, **more)
-    servers: list[Server] = []
-    work = None
+    loops: list[Steady] = []
     if steadily:
         if not given("strategies"):
             # A target is somebody's own question; peers are compared with us.
             strategies = [] if targets and not peers else strategies[:2]
         work = _work(workers, connections, service, time_limit, bool(targets), clients=clients, seed=seed, **steady)
-        servers = _servers(work, strategies, credits, peers, targets)
+        loops.append(Steady(work, _servers(work, strategies, credits, peers, targets)))
     if service_ms == 0 and "stall" in scenarios:
         raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
     if service_ms is not None and scenarios == ["long-lived"]:
         raise click.UsageError("--service-ms has no meaning in long-lived, whose connections stay until they are closed")
     _refuse_unwritable(json_file, html_file)
-    return _measure(plans, json_file, work, servers, html_file)
+    return _measure(Campaign(plans, loops), json_file, html_file)
 
 
 def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
@@ -601,49 +604,26 @@ def _work(
     )
 
 
-def _measure(
-    plans: Sequence[Plan],
-    json_file: str | None,
-    work: Work | None = None,
-    servers: Sequence[Server] = (),
-    html_file: str | None = None,
-) -> int:
-    from fdpass_bench import figures, report, steady
-    from fdpass_bench.balance import measure_run
+def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = None) -> int:
+    from fdpass_bench import report
 
     began = time.time()
-    runs: list[Run] = []
-    calibration: Trial | None = None
-    trials: list[Trial] = []
-    counts = [plan.steps for plan in plans]
-    if work is not None:
-        counts += [work.connections * work.requests] * (work.repeats * len(servers))
     interrupted = 0
     with _interruptible() as signals:
         try:
-            with report.ProgressBar(counts) as progress:
-                for plan in plans:
-                    runs.append(measure_run(plan, progress.follow(f"{plan.scenario}, {plan.strategy}")))
-                    progress.over(report.line_of(runs[-1]))
-                if work is not None:
-                    calibration = steady.calibrate(work)
-                    for repeat in range(work.repeats):
-                        for server in steady.order_of(servers, repeat):
-                            ended = progress.follow(f"steady, {server.name}")
-                            trials.append(steady.measure_trial(server, work, repeat, ended))
-                            progress.over(report.line_of_trial(trials[-1]))
+            with report.ProgressBar(campaign.counts) as progress:
+                campaign.measure(progress)
             signals.noted_only = True
         except KeyboardInterrupt:
             interrupted = signals.seen[0] if signals.seen else signal.SIGINT
-        # Interrupted before its turn, steady has nothing to show.
-        study = figures.study(work, servers, trials, calibration) if work is not None and (trials or not runs) else None
-        report.show(runs, study, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
-        _write(json_file, html_file, report.as_json(runs, study, began, bool(interrupted)))
+        studies = campaign.studies
+        report.show(campaign.runs, studies, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
+        _write(json_file, html_file, report.as_json(campaign.runs, studies, began, bool(interrupted)))
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
-            print(f"fdpass-bench: interrupted; {len(runs) + len(trials)} of {len(counts)} runs were measured.", file=sys.stderr)
+            print(f"fdpass-bench: interrupted; {campaign.over} of {len(campaign.counts)} runs were measured.", file=sys.stderr)
             return 128 + interrupted
-    return 0 if all(run.valid for run in runs) and (study is None or study.valid) else 1
+    return 0 if all(run.valid for run in campaign.runs) and all(study.valid for study in studies) else 1
 
 
 def _price(plan: PricePlan, json_file: str | None, html_file: str | None) -> int:

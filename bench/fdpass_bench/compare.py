@@ -142,9 +142,9 @@ def _keyed(record: Record) -> dict[tuple[Any, ...], Mapping[str, Any]]:
         for row in record.rows:
             rows.setdefault((row["what"], row["name"], (row.get("fdpass") or {}).get("name")), row)
         return rows
-    work = record.work
     found = {}
     for run in record.runs:
+        work = run.get("work") or record.work
         timed = "latency_ms" in run
         given = (
             [work.get(name) for name in ("arrivals", "clients", "distribution", "work", "think")]

@@ -97,7 +97,8 @@ class Figures:
             "strategy": self.name,
             "server": self.server.kind,
             "version": self.server.version,
-            "scenario": "steady",
+            "scenario": self.work.scenario,
+            "work": self.work.as_json(),
             "workers": self.work.workers,
             "connections": self.work.connections,
             "repeats": len(self.trials),
@@ -399,6 +400,9 @@ class Comparison:
         known = self.ratio is not None and self.ratio.low is not None and self.ratio.high is not None
         valid = self.first.valid and self.second.valid and known
         return {
+            "scenario": self.first.work.scenario,
+            "workers": self.first.work.workers,
+            "load": _rounded(self.first.work.load),
             "first": self.first.name,
             "second": self.second.name,
             "mean_ratio": _rounded(self.ratio.mean) if self.ratio and known else None,

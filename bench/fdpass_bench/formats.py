@@ -16,7 +16,7 @@ from fdpass_bench.records import Record
 from fdpass_bench.tables import Table, command_of, environment, headline, tables_of
 
 #: What of a run is no single figure.
-_NOT_IN_CSV = {"series", "latency_curve", "events", "per_worker", "requests_per_worker"}
+_NOT_IN_CSV = {"series", "latency_curve", "events", "per_worker", "requests_per_worker", "work"}
 
 
 def as_csv(records: Sequence[Record]) -> str:

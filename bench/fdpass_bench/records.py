@@ -16,6 +16,7 @@ _MOST_BYTES = 256 << 20  # of a file: one with every run of a day has a few mega
 _NUMBER = (int, float)
 #: What is read of a run, and its type; each key may be absent or null.
 _OF_A_RUN: Mapping[str, Any] = {
+    "work": {str: object},
     "workers": int,
     "connections": int,
     "repeats": int,
@@ -81,6 +82,7 @@ _OF_THE_WHOLE: Mapping[str, Any] = {
     "parameters": {str: object},
     "calibration": {str: object},
     "ideals": {str: {str: object}},
+    "studies": [{str: object}],
 }
 _OF_THE_ENVIRONMENT: Mapping[str, Any] = {
     "command": [str],

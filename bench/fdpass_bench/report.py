@@ -23,7 +23,7 @@ from fdpass_bench import contenders, estimate, measure, price
 from fdpass_bench.figures import Study
 from fdpass_bench.runs import SCENARIOS, Run
 from fdpass_bench.scenario_tables import TABLES, and_, outcomes_of, scenario_table, words_of
-from fdpass_bench.steady import Trial
+from fdpass_bench.steady import Trial, Work
 
 _TITLES = {
     "idle": "idle: spaced connections to idle workers",
@@ -90,12 +90,12 @@ def line_of(run: Run) -> str:
     return line if run.valid else f"{line}; not valid: {run.invalid_reason}"
 
 
-def line_of_trial(trial: Trial) -> str:
+def line_of_trial(trial: Trial, work: Work) -> str:
     outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in trial.outcomes.items() if count)
-    return f"steady, {trial.server}, repeat {trial.repeat + 1}: {trial.problem or outcomes}"
+    return f"{work.scenario}, {trial.server}, repeat {trial.repeat + 1}: {trial.problem or outcomes}"
 
 
-def show(runs: Sequence[Run], study: Study | None, stream: IO[str]) -> None:
+def show(runs: Sequence[Run], studies: Sequence[Study], stream: IO[str]) -> None:
     out = console(stream)
     for scenario in SCENARIOS:
         here = [run for run in runs if run.plan.scenario == scenario]
@@ -108,10 +108,10 @@ def show(runs: Sequence[Run], study: Study | None, stream: IO[str]) -> None:
     for run in runs:
         if not run.valid:
             out.print(f"{run.plan.scenario}, {run.plan.strategy}: not valid: {run.invalid_reason}.")
-    if runs or study is None:
+    if runs or not studies:
         out.print(verdict(runs))
-    if study is not None:
-        if runs:
+    for number, study in enumerate(studies):
+        if runs or number:
             out.print()
         _show_study(study, out)
 
@@ -189,7 +189,7 @@ def _title(study: Study) -> str:
     service = f"{work.service * 1e3:.4g} ms {work.distribution}" if work.service else "no service time"
     kept = f", {work.requests} requests each" if work.requests > 1 else ""
     workers = "" if all(one.server.kind == "target" for one in study.figures) else f", {work.workers} workers, {service}"
-    return f"steady: {asked}{workers}, {work.repeats} x {work.connections}{kept}"
+    return f"{work.scenario}: {asked}{workers}, {work.repeats} x {work.connections}{kept}"
 
 
 def _latencies(study: Study) -> Table:
@@ -439,24 +439,29 @@ def _side_json(row: price.Row, side: price.Side | None) -> dict[str, Any] | None
     }
 
 
-def as_json(runs: Sequence[Run], study: Study | None, began: float, interrupted: bool) -> dict[str, Any]:
+def as_json(runs: Sequence[Run], studies: Sequence[Study], began: float, interrupted: bool) -> dict[str, Any]:
     """`began`: seconds since the epoch."""
     found: dict[str, Any] = {
         "schema": 1,
         "environment": _environment(began, interrupted),
-        "runs": [run.as_json() for run in runs] + [one.as_json() for one in (study.figures if study else [])],
+        "runs": [run.as_json() for run in runs] + [one.as_json() for study in studies for one in study.figures],
     }
     if runs:
         found["verdict"] = verdict(runs)
-    if study is not None:
-        work = asdict(study.work) | {"load": study.work.load}
-        found |= {
-            "work": work,
-            "calibration": study.calibration_json(),
-            "ideals": {queues: {"mean_ms": round(one.mean * 1e3, 4), "how": one.how} for queues, one in study.ideals.items()},
-            "comparisons": [comparison.as_json() for comparison in study.comparisons],
-        }
+    if studies:
+        each = [_study_json(study) for study in studies]
+        # What was asked for once stands above the runs; a sweep has it for each of its studies.
+        found |= each[0] if len(each) == 1 else {"studies": each, "comparisons": [one for study in each for one in study["comparisons"]]}
     return found
+
+
+def _study_json(study: Study) -> dict[str, Any]:
+    return {
+        "work": study.work.as_json(),
+        "calibration": study.calibration_json(),
+        "ideals": {queues: {"mean_ms": round(one.mean * 1e3, 4), "how": one.how} for queues, one in study.ideals.items()},
+        "comparisons": [comparison.as_json() for comparison in study.comparisons],
+    }
 
 
 def _environment(began: float, interrupted: bool) -> dict[str, Any]:

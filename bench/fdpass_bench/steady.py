@@ -8,8 +8,8 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import fdpass
 from fdpass_bench import loadgen, measure, peers
@@ -38,11 +38,15 @@ class Work:
     seed: int = 1
     repeats: int = 2
     time_limit: float = 10.0  # seconds until a request is given up
+    scenario: str = "steady"
 
     @property
     def load(self) -> float | None:
         """Offered work over what the workers can do, as the work was drawn."""
         return None if self.rate is None else self.rate * self.requests * self.service / self.workers
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"load": self.load}
 
     def load_of(self, server: Serving, repeat: int) -> loadgen.Load:
         """One repeat's load. Repeats differ in their seed, servers in nothing."""
