@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fdpass_bench import answer, cli, figures, steady
+from fdpass_bench import answer, answer_async, cli, figures, steady
 from fdpass_bench.balance import Strategy
 
 import fdpass
@@ -271,7 +271,7 @@ def test_a_target_that_answers(tmp_path: Path, behave: Callable[[socket.socket],
 
 @contextlib.contextmanager
 def group(workers: int = 1, work: str = "sleep", keep_alive: bool = False) -> Iterator[tuple[str, int]]:
-    with fdpass.WorkerGroup(answer.timed, "127.0.0.1:0", workers=workers, args=(work, keep_alive)) as running:
+    with fdpass.WorkerGroup(answer_async.kept if keep_alive else answer.timed, "127.0.0.1:0", workers=workers, args=(work,)) as running:
         host, _, port = str(running.endpoint).rpartition(":")
         yield host, int(port)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import queue
 import re
 import select
 import socket
@@ -14,8 +12,6 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fdpass import Listener
 
 LAST = b"done\n"
@@ -67,13 +63,13 @@ _SERVICE = re.compile(rb"\r\nfdpass-service:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNO
 _CLOSE = re.compile(rb"\r\nconnection:[ \t]*close[ \t]*\r\n", re.IGNORECASE)
 
 
-def timed(listener: Listener, work: str, keep_alive: bool) -> None:
-    """Holds each HTTP request for the time in its Fdpass-Service header (nanoseconds), one request at a time, and answers
+def timed(listener: Listener, work: str) -> None:
+    """Takes one connection at a time, holds its HTTP request for the time in its Fdpass-Service header (nanoseconds), and answers
 
         fdpass WORKER ACCEPTED STARTED FREE
 
-    : the worker's index, then CLOCK_MONOTONIC nanoseconds: when the connection was taken (of a later request: when it was read), when
-    its service began, and since when the worker had been waiting for it. `work` is "sleep" or "burn" (processor time).
+    : the worker's index, then CLOCK_MONOTONIC nanoseconds: when the connection was taken, when its service began, and since when the
+    worker had been waiting for it. `work` is "sleep" or "burn" (processor time).
     """
     # Only these workers need it, and no other starts slower for it.
     from fdpass_bench._loadgen import lib
@@ -86,11 +82,7 @@ def timed(listener: Listener, work: str, keep_alive: bool) -> None:
                 pass
 
     # Else the kernel lets each sleep of this thread end up to 50 us late, which would occupy the worker and so raise the load.
-    set_slack = functools.partial(lib.flg_timer_slack, 1)
-    if keep_alive:
-        _serve_kept(listener, hold, set_slack)
-        return
-    set_slack()
+    lib.flg_timer_slack(1)
     index = listener.index
     free = time.monotonic_ns()
     for conn, _ in listener:
@@ -105,37 +97,6 @@ def timed(listener: Listener, work: str, keep_alive: bool) -> None:
                 hold(accepted, service_of(request))
                 conn.sendall(answer_to(index, accepted, started, free, close=True))
         free = time.monotonic_ns()
-
-
-def _serve_kept(listener: Listener, hold: Callable[[int, int], None], set_slack: Callable[[], object]) -> None:
-    """Connections stay open, each read by a thread of its own; one thread serves their requests in the order they came."""
-    requests: queue.SimpleQueue[tuple[socket.socket, bytes, int, threading.Event]] = queue.SimpleQueue()
-    index = listener.index
-
-    def serve() -> None:
-        set_slack()
-        free = time.monotonic_ns()
-        while True:
-            conn, request, read, answered = requests.get()
-            started = time.monotonic_ns()
-            hold(started, service_of(request))
-            with contextlib.suppress(OSError):
-                conn.sendall(answer_to(index, read, started, free, close=closes(request)))
-            answered.set()
-            free = time.monotonic_ns()
-
-    def read(conn: socket.socket) -> None:
-        with conn, contextlib.suppress(OSError):
-            while request := _read_head(conn):
-                answered = threading.Event()
-                requests.put((conn, request, time.monotonic_ns(), answered))
-                answered.wait()
-                if closes(request):
-                    break
-
-    threading.Thread(target=serve, daemon=True).start()
-    for conn, _ in listener:
-        threading.Thread(target=read, args=(conn,), daemon=True).start()
 
 
 def service_of(request: bytes) -> int:

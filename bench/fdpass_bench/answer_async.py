@@ -32,6 +32,15 @@ def server(listener: Listener, loop: str, manner: Manner, service: float, work: 
         runner.run(_serve(listener, lambda: _PROTOCOLS[manner](listener.index, service, work)))
 
 
+def kept(listener: Listener, work: str) -> None:
+    """Answers HTTP requests on connections that stay open, on fdpass's event loop, under every strategy: while a worker serves one request
+    it neither reads nor accepts, so the kernel wakes another for the next connection."""
+    from fdpass import aio
+
+    with asyncio.Runner(loop_factory=aio.new_event_loop) as runner:
+        runner.run(aio.serve(lambda: _Timed(listener.index, 0.0, work), listener))
+
+
 def uvicorn(listener: Listener, loop: str, work: str) -> None:
     """uvicorn on the loop of that factory; its application blocks the loop for as long as each request says."""
     program = importlib.import_module("uvicorn")

@@ -108,7 +108,7 @@ class Strategy:
         else:
             targets: dict[Manner, tuple[Callable[..., object], tuple[Any, ...]]] = {
                 "greet": (answer.speak_first, (service,)),
-                "timed": (answer.timed, (work, keep_alive)),
+                "timed": (answer_async.kept if keep_alive else answer.timed, (work,)),
                 "hold": (answer.hold, ()),
             }
             target, args = targets[manner]
