@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import fdpass
 from fdpass_bench import loaded, longlived, sharing
-from fdpass_bench.runs import SCENARIOS, Plan, Run, Unmeasurable
+from fdpass_bench.runs import Plan, Run, Unmeasurable
 from fdpass_bench.strategy import Strategy
 
-__all__ = ["SCENARIOS", "Plan", "Run", "Strategy", "measure_run"]
+__all__ = ["Plan", "Run", "Strategy", "measure_run"]
 
 _PLAYS = {
     "idle": sharing.play,

@@ -63,9 +63,11 @@ class Campaign:
             self.runs.append(measure_run(plan, progress.follow(f"{plan.scenario}, {plan.strategy}")))
             progress.over(report.line_of(self.runs[-1]))
         for loop in self.loops:
-            loop.calibration = steady.calibrate(loop.work)
+            asked = steady.null_load(loop.work)
+            alike = (one.calibration for one in self.loops if one.calibration and steady.null_load(one.work) == asked)
+            loop.calibration = next(alike, None) or steady.calibrate(loop.work)
             for repeat in range(loop.work.repeats):
                 for server in steady.order_of(loop.servers, repeat):
-                    ended = progress.follow(f"{loop.work.scenario}, {server.name}")
+                    ended = progress.follow(f"{loop.work.where}, {server.name}")
                     loop.trials.append(steady.measure_trial(server, loop.work, repeat, ended))
                     progress.over(report.line_of_trial(loop.trials[-1], loop.work))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -10,12 +11,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fdpass_bench import screens
+from fdpass_bench import scenarios, screens
 
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
@@ -29,17 +31,9 @@ if TYPE_CHECKING:
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
 _PRICES = ("carriers", "starts", "descriptors", "outstanding", "receivers")
 _DEMONSTRATION = ("shared", "reuseport", "reuseport-bare")
-_FIRST = ("idle", "burst", "kill")  # of the scenarios, those of the demonstration
-_SCENARIOS = (*_FIRST, "stall", "rolling", "long-lived", "scale-out", "steady")
-_LOADED = ("stall", "rolling", "scale-out")  # they make as many connections as their rate or their clients do
 _MOST_CLIENTS = 20000  # connections of a run that are followed one by one
-#: Which scenarios an option belongs to, where these are not all, nor steady alone.
-_BELONGS = {
-    "bursts": ("burst",),
-    "rolls": ("rolling",),
-    "clients": ("rolling", "scale-out", "steady"),
-    "seed": ("stall", "rolling", "long-lived", "scale-out", "steady"),
-}
+_MOST_TOGETHER = 100  # numbers of workers, loads and rates, each with each, in one command
+_ARRIVAL = 0.02  # seconds between two of a few clients
 
 
 def _strategy(ctx: click.Context, param: click.Parameter, text: str) -> Strategy:
@@ -101,11 +95,53 @@ class _Number(click.FloatRange):
         return number
 
 
+class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click
+    """Numbers between commas, each by itself or as from:to:step with both ends. Converts to a list without repetitions."""
+
+    name = "list"
+
+    def __init__(self, low: float, high: float, example: str, whole: bool = False) -> None:
+        self._low, self._high, self._example, self._kind = low, high, example, int if whole else float
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if isinstance(value, list):
+            return value
+        try:
+            found = list(dict.fromkeys(number for part in str(value).split(",") for number in self._of(part)))
+        except (ArithmeticError, ValueError):
+            found = []
+        if not found or len(found) > _MOST_TOGETHER or not all(self._low <= number <= self._high for number in found):
+            form = f"numbers from {self._low:g} to {self._high:g}, {_MOST_TOGETHER} at most, such as {self._example}"
+            self.fail(f"{value!r} is not what it takes: {form}", param, ctx)
+        return found
+
+    def _of(self, part: str) -> Iterator[float]:
+        # In decimal, so that 0.3 and three times 0.1 are the same number as written.
+        first, *more = (Decimal(text.strip()) for text in part.split(":"))
+        last, step = more or (first, Decimal(1))
+        if not all(number.is_finite() for number in (first, last, step)) or step <= 0 or (last - first) / step > _MOST_TOGETHER:
+            raise ValueError(part)
+        while first <= last:
+            number = self._kind(first)
+            if number != first and self._kind is int:
+                raise ValueError(part)
+            yield number
+            first += step
+
+
+def _list_scenarios(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        for line in scenarios.listed(min(80, ctx.make_formatter().width)):
+            click.echo(line)
+        ctx.exit()
+
+
 _json = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the figures to it; - is standard output."
 )
 _html = click.option("--html", "html_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write one self-contained page to it.")
-_workers = click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="How many worker processes.")
+_WORKERS = (1, 64)
+_workers = click.option("--workers", type=click.IntRange(*_WORKERS), default=4, show_default=True, help="How many worker processes.")
 
 
 @click.group(invoke_without_command=True)
@@ -134,7 +170,7 @@ def command(ctx: click.Context) -> int:
     from fdpass_bench.campaign import Campaign
     from fdpass_bench.strategy import Strategy
 
-    return _measure(Campaign(_plans([Strategy.parse(text) for text in _DEMONSTRATION], _FIRST, 4, None, 10.0, None)), None)
+    return _measure(Campaign(_plans([Strategy.parse(text) for text in _DEMONSTRATION], scenarios.FIRST, 4, None, 10.0, None)), None)
 
 
 @command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
@@ -144,20 +180,30 @@ def command(ctx: click.Context) -> int:
     callback=_strategies,
     shell_complete=screens.listed(_every_strategy),
     default=",".join(_DEMONSTRATION),
-    help="Separated by commas, see above.  [default: shared,reuseport,reuseport-bare; steady: shared,reuseport]",
+    help="Separated by commas, see above.  [default: shared,reuseport,reuseport-bare; of a loop the first two, or those of its paragraph]",
 )
-@_workers
+@click.option(
+    "--workers",
+    metavar="LIST",
+    type=_Several(*_WORKERS, example="4, 1,2,4,8 or 2:8:2", whole=True),
+    default="4",
+    show_default=True,
+    help="How many worker processes; of several numbers each.",
+)
 @click.option(
     "--scenario",
-    type=click.Choice([*_SCENARIOS, "all"]),
+    type=click.Choice([*scenarios.CATALOGUE, "all"]),
     default=None,
     help="[default: idle, burst and kill; the scenario of an option that belongs to one]",
+)
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_scenarios, help="Say of each scenario what it does and shows."
 )
 @click.option(
     "--connections",
     type=click.IntRange(1, 1_000_000),
     default=None,
-    help="In each run; long-lived: open at a time.  [default: 60 idle, 400 burst, 200 kill, 1000 long-lived, 4000 steady or those of 6 s]",
+    help="In each run; long-lived: open at a time.  [default: 60 idle, 400 burst, 200 kill, 1000 long-lived, loops 4000 or those of 6 s]",
 )
 @_json
 @_html
@@ -165,43 +211,73 @@ def command(ctx: click.Context) -> int:
     "--service-ms",
     type=_Number(0, 10000),
     default=None,
-    help="Milliseconds a worker holds each connection; steady, stall: on average.  "
-    "[default: 0 idle, 1 burst, 2 rolling and scale-out, 4 stall and steady, in kill a queue of 2.5 s]",
+    help="Milliseconds a worker holds each connection; stall, of a loop: on average.  "
+    "[default: 0 idle, 1 burst, 2 rolling and scale-out, 4 stall and of a loop, in kill a queue of 2.5 s]",
 )
 @click.option(
     "--time-limit",
     type=_Number(1, 600),
     default=None,
-    help="Seconds for the connections of one run; steady: for each request.  [default: 30, rolling 120, steady 10]",
+    help="Seconds for the connections of one run; of a loop for each request.  [default: 30, rolling 120, of a loop 10]",
 )
 @click.option("--bursts", type=click.IntRange(1, 1000), default=None, help="burst: so many, one after the other.  [default: 1]")
 @click.option("--rolls", type=click.IntRange(1, 1000), default=None, help="rolling: how often all workers are replaced.  [default: 5]")
 @click.option(
     "--credits", type=click.IntRange(1, 128), default=None, help="dispatch: connections that a worker may get ahead.  [default: 1]"
 )
-@click.option("--rate", type=_Number(0.1, 1_000_000), default=None, help="steady: connections per second.")
+@click.option(
+    "--rate",
+    metavar="LIST",
+    type=_Several(0.1, 1_000_000, example="200, 100,200 or 100:500:100"),
+    default=None,
+    help="loops: connections per second; of several each.",
+)
 @click.option(
     "--load",
-    type=_Number(0.01, 0.99),
+    metavar="LIST",
+    type=_Several(0.01, 0.99, example="0.7, 0.5,0.8 or 0.3:0.9:0.1"),
     default=None,
-    help="steady: the rate as a share of what the workers can do.  [default: 0.7]",
+    help="loops: the rate as a share of what the workers can do; of several each; few-clients: by their pauses.  "
+    "[default: 0.7, few-clients 0.5]  [0.01<=x<=0.99]",
 )
 @click.option(
     "--clients",
     type=click.IntRange(1, 10000),
     default=None,
-    help="rolling, scale-out: of the closed loop; steady: a closed loop instead of a rate.  [default: 24 rolling, 8 x workers scale-out]",
+    help="rolling, scale-out: of the closed loop; loops: a closed loop instead of a rate.  "
+    "[default: 24 rolling, 8 x workers scale-out, 16 few-clients]",
 )
-@click.option("--arrivals", type=click.Choice(["poisson", "uniform"]), default=None, help="steady: their spacing.  [default: poisson]")
-@click.option("--distribution", type=click.Choice(["exponential", "fixed", "hyper"]), default=None, help="steady: of the service times.")
+@click.option("--arrivals", type=click.Choice(["poisson", "uniform"]), default=None, help="loops: their spacing.  [default: poisson]")
 @click.option(
-    "--work", "kind", type=click.Choice(["sleep", "burn"]), default=None, help="steady: how a worker is occupied.  [default: sleep]"
+    "--distribution",
+    type=click.Choice(["exponential", "fixed", "hyper"]),
+    default=None,
+    help="loops: of the service times.  [default: exponential, heavy-tail hyper]",
 )
-@click.option("--requests-per-connection", "requests", type=click.IntRange(1, 10000), default=None, help="steady: over 1 is keep-alive.")
-@click.option("--think-ms", type=_Number(0, 60000), default=None, help="steady: between an answer and the connection's next request.")
+@click.option(
+    "--work", "kind", type=click.Choice(["sleep", "burn"]), default=None, help="loops: how a worker is occupied.  [default: sleep]"
+)
+@click.option(
+    "--requests-per-connection",
+    "requests",
+    type=click.IntRange(1, 10000),
+    default=None,
+    help="loops: over 1 is keep-alive.  [default: 1, keep-alive 8, few-clients 60]",
+)
+@click.option(
+    "--think-ms",
+    type=_Number(0, 60000),
+    default=None,
+    help="loops: between an answer and the connection's next request.  [default: 0, keep-alive 20]",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=None, help="The same seed is the same work.  [default: 1]")
-@click.option("--repeats", type=click.IntRange(1, 1000), default=None, help="steady: runs of each server, in ABBA order.  [default: 2]")
-@click.option("--target", "targets", metavar="HOST:PORT", multiple=True, callback=_targets, help="steady: a server that runs already.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1, 1000),
+    default=None,
+    help="loops, matrix: runs of each server, in ABBA order.  [default: 2, few-clients 6]",
+)
+@click.option("--target", "targets", metavar="HOST:PORT", multiple=True, callback=_targets, help="loops: a server that runs already.")
 @click.option(
     "--peer",
     "peers",
@@ -209,14 +285,14 @@ def command(ctx: click.Context) -> int:
     multiple=True,
     callback=_peers,
     shell_complete=screens.listed(_every_peer),
-    help="steady: start nginx, uvicorn, node ... and compare.",
+    help="loops: start nginx, uvicorn, node ... and compare.",
 )
 @click.pass_context
 def balance(
     ctx: click.Context,
     /,
     strategies: list[Strategy],
-    workers: int,
+    workers: list[int],
     scenario: str | None,
     connections: int | None,
     json_file: str | None,
@@ -230,22 +306,20 @@ def balance(
     seed: int | None,
     targets: list[Target],
     peers: list[str],
-    **steady: Any,
+    rate: list[float] | None,
+    load: list[float] | None,
+    repeats: int | None,
+    **loop: Any,
 ) -> int:
     """Measures how each strategy shares connections out, what it loses, and what waiting it costs.
 
     \b
-    idle        spaced connections, each after the former has ended, to idle
-                workers
-    burst       many connections at once
-    kill        connections wait in the queue while a worker is killed every
-                half second and restarted
-    stall       one worker is frozen for a second at half load
-    rolling     all workers are replaced by group.roll() under a closed loop
-    long-lived  so many connections open, closed and opened at random
-    scale-out   a saturating closed loop on 1, 2, 4 ... workers
-    steady      an open loop: connections arrive at a rate whatever the server
-                does, each with its own service time; queueing theory beside it
+    Scenarios; --list says of each what it does and shows:
+      idle burst kill stall rolling long-lived scale-out
+      steady heavy-tail few-clients keep-alive   loops: a load, latencies, theory
+      matrix                                     published rankings, in 8 minutes
+
+    Several loads, rates or numbers of workers (0.5,0.8 or 0.3:0.9:0.1) are measured each by itself.
 
     \b
     Strategies, with what may stand behind a colon:
@@ -262,58 +336,99 @@ def balance(
       fdpass-bench balance --strategies shared,shared:first --scenario idle
       fdpass-bench balance --strategies shared:uvicorn,shared:uvicorn-stock
       fdpass-bench balance --scenario steady --load 0.8 --peer gunicorn
+      fdpass-bench balance --scenario heavy-tail --load 0.3:0.9:0.1
       fdpass-bench balance --target 127.0.0.1:8000 --rate 200
     """
 
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
-    bound = dict.fromkeys((*steady, "targets", "peers"), ("steady",)) | _BELONGS
+    bound = scenarios.belonging()
     of = {param.opts[0]: bound[param.name] for param in ctx.command.params if param.name in bound and param.name and given(param.name)}
-    scenarios = _chosen(scenario, of)
-    steadily = "steady" in scenarios
-    scenarios = [name for name in scenarios if name != "steady"]
+    words = _chosen(scenario, of)
+    singles = [word for word in words if word in scenarios.SINGLES]
     if connections is not None and scenario != "all":
-        if (name := next((name for name in scenarios if name in _LOADED), None)) is not None:
+        if (name := next((name for name in singles if not scenarios.CATALOGUE[name].connections), None)) is not None:
             raise click.UsageError(f"--connections has no meaning in {name}, which makes as many as its rate or its clients do")
-        # A burst is one of several; a steady run has room for more.
-        most = _MOST_CLIENTS // (bursts or 1) if scenarios else 1_000_000
+        # A burst is one of several; a loop has room for more.
+        most = _MOST_CLIENTS // (bursts or 1) if singles else 1_000_000
         if connections > most:
-            raise click.BadParameter(f"{scenarios[0]} makes at most {most} connections", ctx, param_hint="--connections")
+            raise click.BadParameter(f"{singles[0]} makes at most {most} connections", ctx, param_hint="--connections")
     if credits is not None and not any(strategy.name == "dispatch" for strategy in strategies):
         raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
+    if (together := len(workers) * len(load or [1]) * len(rate or [1])) > _MOST_TOGETHER:
+        raise click.UsageError(f"--workers, --load and --rate make {together} combinations: one command measures {_MOST_TOGETHER} at most")
+    if targets and len(workers) > 1:
+        raise click.UsageError("several --workers have no meaning with --target, whose workers are somebody else's")
     from fdpass_bench.campaign import Campaign, Steady
 
     service = None if service_ms is None else service_ms / 1000
     more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "credits": credits, "seed": 1 if seed is None else seed}
-    plans = _plans(strategies, scenarios, workers, connections, time_limit, service, **more)
+    plans = [plan for count in workers for plan in _plans(strategies, singles, count, connections, time_limit, service, **more)]
     loops: list[Steady] = []
-    if steadily:
-        if not given("strategies"):
-            # A target is somebody's own question; peers are compared with us.
-            strategies = [] if targets and not peers else strategies[:2]
-        work = _work(workers, connections, service, time_limit, bool(targets), clients=clients, seed=seed, **steady)
-        loops.append(Steady(work, _servers(work, strategies, credits, peers, targets)))
-    if service_ms == 0 and "stall" in scenarios:
+    asked = loop | {"clients": clients, "seed": seed, "repeats": repeats}
+    for word in words:
+        if word not in scenarios.LOOPS:
+            continue
+        mine = _own(word, strategies if given("strategies") else None, bool(targets) and not peers)
+        loads, rates = ([*several] if several else [None] for several in (load, rate))
+        for count, one_load, one_rate in itertools.product(workers, loads, rates):
+            work = _work(word, count, connections, service, time_limit, bool(targets), load=one_load, rate=one_rate, **asked)
+            able = [name for name in peers if scenario != "all" or work.requests == 1 or _keeps(name, work)]
+            loops.append(Steady(work, _servers(work, mine, credits, able, targets)))
+    if words == ["matrix"]:
+        if service_ms is not None or len(workers) > 1:
+            what = "--service-ms has" if service_ms is not None else "several --workers have"
+            raise click.UsageError(f"{what} no meaning in matrix, whose four cases by three loads are what they are")
+        from fdpass_bench import matrix
+
+        # The contestants in the paper's order, whatever else takes part.
+        mine = list(dict.fromkeys([*_own("matrix", None, False), *(strategies if given("strategies") else [])]))
+        cells = matrix.works(workers[0], connections, repeats or 2, 1 if seed is None else seed, time_limit or 10.0)
+        loops = [Steady(work, _servers(work, mine, credits, [], [])) for work in cells]
+    if service_ms == 0 and "stall" in singles:
         raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
-    if service_ms is not None and scenarios == ["long-lived"]:
+    if service_ms is not None and words == ["long-lived"]:
         raise click.UsageError("--service-ms has no meaning in long-lived, whose connections stay until they are closed")
     _refuse_unwritable(json_file, html_file)
     return _measure(Campaign(plans, loops), json_file, html_file)
 
 
+def _own(word: str, given: list[Strategy] | None, others_only: bool) -> list[Strategy]:
+    """The strategies of a loop: those given, else its own. A target is somebody's own question; peers are compared with us."""
+    from fdpass_bench.strategy import Strategy
+
+    if given is not None:
+        return given
+    own = scenarios.CATALOGUE[word].strategies
+    return [] if others_only else [Strategy.parse(text) for text in (own.split(",") if own else _DEMONSTRATION[:2])]
+
+
+def _keeps(peer: str, work: Work) -> bool:
+    """Whether a peer can do the work of kept connections; says so on stderr where it cannot."""
+    from fdpass_bench.peers import PeerError
+    from fdpass_bench.steady import PeerServer
+
+    try:
+        PeerServer.find(peer, work)
+    except PeerError as error:
+        print(f"fdpass-bench: {work.scenario} without {peer}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
     """The scenarios to play: those asked for, else those of the options given, each with where it belongs. Raises UsageError."""
     if scenario == "all":
-        return list(_SCENARIOS)
+        return list(scenarios.EVERY)
     if scenario is not None:
         for option, where in of.items():
             if scenario not in where:
                 raise click.UsageError(f"{option} belongs to --scenario {' or '.join(where)}")
         return [scenario]
     if not of:
-        return list(_FIRST)
-    common = [name for name in _SCENARIOS if all(name in where for where in of.values())]
+        return list(scenarios.FIRST)
+    common = [name for name in scenarios.EVERY if all(name in where for where in of.values())]
     if not common:
         raise click.UsageError(f"{', '.join(of)} belong to no scenario together")
     return ["steady"] if "steady" in common else common[:1]
@@ -504,27 +619,27 @@ def who(port: int) -> int:
 
 def _plans(
     strategies: Sequence[Strategy],
-    scenarios: Sequence[str],
+    words: Sequence[str],
     workers: int,
     connections: int | None,
     time_limit: float | None,
     service: float | None,
     **more: Any,
 ) -> list[Plan]:
-    from fdpass_bench.runs import SCENARIOS, Plan
+    from fdpass_bench.runs import Plan
 
+    usual = {word: scenarios.CATALOGUE[word].connections for word in words}  # 0: what its rate or its clients make
     return [
         Plan(
             strategy,
-            scenario,
+            word,
             workers,
-            # 0: what its rate or its clients make.
-            SCENARIOS[scenario] and (connections or SCENARIOS[scenario]),
-            time_limit or (120.0 if scenario == "rolling" else 30.0),
+            usual[word] and (connections or usual[word]),
+            time_limit or (120.0 if word == "rolling" else 30.0),
             service,
             **more,
         )
-        for scenario in scenarios
+        for word in words
         for strategy in strategies
     ]
 
@@ -548,43 +663,38 @@ def _servers(
 
 
 def _work(
-    workers: int,
-    connections: int | None,
-    service: float | None,
-    time_limit: float | None,
-    targets: bool,
-    *,
-    rate: float | None,
-    load: float | None,
-    clients: int | None,
-    arrivals: str | None,
-    distribution: str | None,
-    kind: str | None,
-    requests: int | None,
-    think_ms: float | None,
-    seed: int | None,
-    repeats: int | None,
+    word: str, workers: int, connections: int | None, service: float | None, time_limit: float | None, targets: bool, **asked: Any
 ) -> Work:
+    """The work of a loop. asked: the options of loops, None where they were not given. Raises UsageError."""
     from fdpass_bench.steady import Work
 
-    asked = [name for name, value in (("--rate", rate), ("--load", load), ("--clients", clients)) if value is not None]
-    if len(asked) > 1:
-        raise click.UsageError(f"{' and '.join(asked)} exclude each other")
+    known = scenarios.CATALOGUE[word]
+    # In `all` an option may be of another loop.
+    asked = {name: value if name in known.options else None for name, value in asked.items()}
+    found: dict[str, Any] = {name: known.defaults.get(name) if value is None else value for name, value in asked.items()}
+    few = word == "few-clients"
+    exclusive = ("load", "think_ms") if few else ("rate", "load", "clients")
+    together = [_option(name) for name in exclusive if asked[name] is not None]
+    if len(together) > 1:
+        raise click.UsageError(f"{' and '.join(together)} exclude each other")
+    clients = asked["clients"] or (max(found["clients"], 2 * workers) if few else 0)
+    rate, requests, think = found["rate"], found["requests"] or 1, (found["think_ms"] or 0.0) / 1000
     if targets and not rate and not clients:
         raise click.UsageError("--target needs --rate, the connections per second that its server shall get, or --clients")
-    if clients and arrivals:
+    if clients and found["arrivals"]:
         raise click.UsageError("--arrivals has no meaning in the closed loop of --clients")
-    if think_ms is not None and (requests or 1) == 1:
+    if asked["think_ms"] is not None and requests == 1:
         raise click.UsageError("--think-ms needs --requests-per-connection over 1")
     service = (0.0 if targets else 0.004) if service is None else service
-    requests = requests or 1
+    if few and asked["think_ms"] is None:
+        think = _pause(clients, workers, service, found["load"])
     if not rate and not clients:
         if not service:
             raise click.UsageError("with --service-ms 0 a load has no rate: give --rate")
-        rate = (load or 0.7) * workers / (service * requests)
+        rate = (found["load"] or 0.7) * workers / (service * requests)
     # So that the defaults end within a minute; a closed loop goes as fast as its workers do.
     expected = rate or (workers / (service * requests) if service else math.inf)
-    connections = connections or int(max(100, min(4000, 6 * expected)))
+    connections = connections or (clients if few else int(max(100, min(4000, 6 * expected))))
     if connections * requests > _MOST_REQUESTS:
         raise click.UsageError(f"{connections} connections of {requests} requests are more than the {_MOST_REQUESTS} that a run can hold")
     return Work(
@@ -592,16 +702,33 @@ def _work(
         connections=connections,
         rate=rate,
         service=service,
-        distribution=distribution or "exponential",
-        work=kind or "sleep",
-        arrivals=arrivals or "poisson",
-        clients=clients or 0,
+        distribution=found["distribution"] or "exponential",
+        work=found["kind"] or "sleep",
+        arrivals=found["arrivals"] or "poisson",
+        clients=clients,
         requests=requests,
-        think=(think_ms or 0.0) / 1000,
-        seed=1 if seed is None else seed,
-        repeats=repeats or 2,
+        think=think,
+        seed=1 if found["seed"] is None else found["seed"],
+        repeats=found["repeats"] or 2,
         time_limit=time_limit or 10.0,
+        scenario=word,
+        gap=_ARRIVAL if few and connections == clients else 0.0,
     )
+
+
+def _pause(clients: int, workers: int, service: float, load: float) -> float:
+    """Seconds between an answer and the next request, by which so many clients ask for the load. Raises UsageError."""
+    if not service:
+        return _ARRIVAL  # of a server of which nothing is known
+    pause = clients * service / (workers * load) - service
+    if pause <= 0:
+        most = f"{clients / workers:.2g} at most, without a pause"
+        raise click.UsageError(f"{clients} clients cannot ask {workers} workers for a load of {load:g}: {most}")
+    return pause
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = None) -> int:

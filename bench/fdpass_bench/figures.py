@@ -18,6 +18,7 @@ _LAG_SHARE = 0.10  # of the service time: the generator's own lateness must stay
 _LAG_FLOOR = 0.00025  # seconds: where the service time is not known, lag below this is the machine's timer and not lateness
 _BUSY_SHARE = 0.95  # of the time that a closed loop's generator may compute before the rate is its own
 _RATE_SHARE = 0.99  # of the offered rate must be achieved
+_KEPT_SHARE = 0.9  # the same where connections are kept: few of them, of which the last take more or less by chance
 _LOST_SHARE = 0.01  # of the requests may have no answer before the latency of the others says nothing
 _T = TypeVar("_T")
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
@@ -76,6 +77,16 @@ class Figures:
         each = [_by_worker([getattr(trial, counts)], self.work.workers) for trial in self.trials]
         return _mean_of(index(one) for one in each if one)
 
+    @property
+    def by_hash(self) -> float | None:
+        """The max/mean that a hash would give the connections of a repeat, expected; None where the workers are somebody else's."""
+        return theory.hash_imbalance(self.work.workers, self.work.connections) if self.per_worker else None
+
+    def of_repeats(self, name: str) -> dict[int, float]:
+        """By repeat: one of the figures of `latency`."""
+        each = {trial.repeat: _spread([value for value in _after_warm_up(trial, self.work) if value is not None]) for trial in self.trials}
+        return {repeat: found[name] for repeat, found in each.items() if found}
+
     def per_connection(self, value: str) -> float | None:
         """A trial's figure over its connections: "cpu_seconds", "switches" or "generator_cpu_seconds"."""
         values = [getattr(trial, value) for trial in self.trials]
@@ -98,6 +109,8 @@ class Figures:
             "server": self.server.kind,
             "version": self.server.version,
             "scenario": self.work.scenario,
+            "case": self.work.case,
+            "level": self.work.level,
             "work": self.work.as_json(),
             "workers": self.work.workers,
             "connections": self.work.connections,
@@ -106,6 +119,7 @@ class Figures:
             "per_worker": self.per_worker,
             "requests_per_worker": self.requests_per_worker,
             "max_over_mean": _rounded(self.evenness("connections_of", estimate.max_over_mean)),
+            "hash_max_over_mean": _rounded(self.by_hash),
             "jain": _rounded(self.evenness("connections_of", estimate.jain)),
             "requests_max_over_mean": _rounded(self.evenness("requests_of", estimate.max_over_mean)),
             "switches_per_connection": _rounded(self.switches_per_connection),
@@ -182,9 +196,7 @@ class Figures:
             "ideal_mean_ms": _rounded(self._ideal_mean()),
             "one_queue_ms": _prediction(self.bound),
             # Of a repeat's connections, where each falls on a worker by chance: what a hash does.
-            "expected_max_over_mean": _rounded(theory.hash_imbalance(self.work.workers, self.work.connections))
-            if self.server.discipline == "split" and self.per_worker
-            else None,
+            "expected_max_over_mean": _rounded(self.by_hash) if self.server.discipline == "split" else None,
             "share_of_one_queue_bound": _rounded(self.share_of_bound),
             "latency_curve": curves.of_theory(self.prediction, self.bound),
             "measured_over_theory": _rounded(self.latency["mean"] / self.prediction.mean) if self.latency else None,
@@ -297,9 +309,10 @@ def _problems(work: Work, trial: Trial, calibration: Trial | None) -> list[str]:
     if trial.problem is not None:
         return [trial.problem]
     found = _generator_problems(work, trial, calibration)
+    share = _RATE_SHARE if work.requests == 1 else _KEPT_SHARE
     if lost := _lost(trial):
         found.append(lost)
-    elif trial.offered_per_s and trial.achieved_per_s is not None and trial.achieved_per_s < _RATE_SHARE * trial.offered_per_s:
+    elif trial.offered_per_s and trial.achieved_per_s is not None and trial.achieved_per_s < share * trial.offered_per_s:
         found.append(f"the server answered {trial.achieved_per_s:.4g} of {trial.offered_per_s:.4g} connections per second")
     return found
 

@@ -19,11 +19,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fdpass
-from fdpass_bench import contenders, estimate, measure, price
+from fdpass_bench import contenders, estimate, matrix, measure, price, sweep_tables
 from fdpass_bench.figures import Study
-from fdpass_bench.runs import SCENARIOS, Run
+from fdpass_bench.runs import Run
 from fdpass_bench.scenario_tables import TABLES, and_, outcomes_of, scenario_table, words_of
 from fdpass_bench.steady import Trial, Work
+from fdpass_bench.sweep_tables import columns, ms, plain_table
 
 _TITLES = {
     "idle": "idle: spaced connections to idle workers",
@@ -92,15 +93,17 @@ def line_of(run: Run) -> str:
 
 def line_of_trial(trial: Trial, work: Work) -> str:
     outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in trial.outcomes.items() if count)
-    return f"{work.scenario}, {trial.server}, repeat {trial.repeat + 1}: {trial.problem or outcomes}"
+    return f"{work.where}, {trial.server}, repeat {trial.repeat + 1}: {trial.problem or outcomes}"
 
 
 def show(runs: Sequence[Run], studies: Sequence[Study], stream: IO[str]) -> None:
     out = console(stream)
-    for scenario in SCENARIOS:
-        here = [run for run in runs if run.plan.scenario == scenario]
-        if here:
-            out.print(TABLES[scenario](here) if scenario in TABLES else _table(scenario, here), "")
+    several = len({run.plan.workers for run in runs}) > 1
+    for (scenario, workers), of_one in groupby(runs, lambda run: (run.plan.scenario, run.plan.workers)):
+        here = list(of_one)
+        if several:
+            out.print(f"{workers} worker{'s' if workers > 1 else ''}", style="bold")
+        out.print(TABLES[scenario](here) if scenario in TABLES else _table(scenario, here), "")
     if any(run.plan.scenario in _TITLES for run in runs):
         out.print(
             "Switches: voluntary context switches of all workers, without their idle rate and without the one that holds a connection."
@@ -110,10 +113,18 @@ def show(runs: Sequence[Run], studies: Sequence[Study], stream: IO[str]) -> None
             out.print(f"{run.plan.scenario}, {run.plan.strategy}: not valid: {run.invalid_reason}.")
     if runs or not studies:
         out.print(verdict(runs))
-    for number, study in enumerate(studies):
-        if runs or number:
+    shown = bool(runs)
+    for scenario in dict.fromkeys(study.work.scenario for study in studies):
+        here_too = [study for study in studies if study.work.scenario == scenario]
+        if shown:
             out.print()
-        _show_study(study, out)
+        shown = True
+        if scenario == "matrix":
+            _show_matrix(here_too, out)
+        elif len(here_too) > 1:
+            _show_sweep(here_too, out)
+        else:
+            _show_study(here_too[0], out)
 
 
 def _table(scenario: str, runs: Sequence[Run]) -> Table:
@@ -140,6 +151,38 @@ def _table(scenario: str, runs: Sequence[Run]) -> Table:
     return table
 
 
+def _show_sweep(studies: Sequence[Study], out: Console) -> None:
+    """Of each study what is said of it; the figures of all in one table. The JSON has each whole."""
+    for study in studies:
+        out.print(_title(study), style="bold")
+        _show_said(study, out)
+        out.print()
+    for title, table in sweep_tables.sweep(studies):
+        out.print(title, style="bold")
+        out.print(table, "")
+
+
+def _show_matrix(studies: Sequence[Study], out: Console) -> None:
+    out.print(f"{', '.join(f'{name}: {strategy}' for name, strategy in matrix.THEIRS.items())}; latencies in ms")
+    for title, table in sweep_tables.cases(studies):
+        out.print("")
+        out.print(title, style="bold")
+        out.print(table)
+    out.print("")
+    for study in studies:
+        if invalid := [one for one in study.figures if not one.valid]:
+            # The JSON has every reason.
+            where, named, one = f"{study.work.case}, {study.work.level}", and_([one.name for one in invalid]), invalid[0]
+            out.print(f"{where}: INVALID, and saying nothing: {named}. {one.name}: {one.reasons[0]}.")
+    found = matrix.rankings(studies)
+    if found:
+        out.print("Hermes, SIGCOMM 2025, table 3, heavy load, and the same here; the lower one first", style="bold")
+        out.print(sweep_tables.rankings(found), "")
+        for reason in matrix.reasons(found):
+            out.print(f"{reason[0].upper()}{reason[1:]}.")
+    out.print(matrix.verdict(found) or "Nothing was measured under heavy load, of which figures were published.")
+
+
 def _show_study(study: Study, out: Console) -> None:
     if study.figures:
         # Not the table's own title, which would be wrapped at the table's width.
@@ -153,6 +196,11 @@ def _show_study(study: Study, out: Console) -> None:
         bound = study.ideals["one queue"].mean
         shares = [f"{queues} {one.mean / bound:.0%}" for queues, one in study.ideals.items() if queues != "one queue"]
         out.print(f"Ideal policies with these workers, as shares of the one-queue bound: {', '.join(shares)}.")
+    _show_said(study, out)
+
+
+def _show_said(study: Study, out: Console) -> None:
+    """What says nothing and why, and who beats whom."""
     for one in study.figures:
         if not one.valid:
             out.print(f"{one.name} is INVALID and says nothing: {'; '.join(one.reasons)}.")
@@ -167,34 +215,25 @@ def _show_study(study: Study, out: Console) -> None:
         out.print("Nothing was measured.")
 
 
-def _columns(table: Table, *names: str) -> None:
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-
-
-def _plain_table() -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.padding = (0, 0)
-    table.pad_edge = False
-    table.add_column("server", overflow="fold", min_width=18)
-    return table
-
-
 def _title(study: Study) -> str:
     work = study.work
     if work.clients:
-        asked = f"closed loop of {work.clients} clients"
+        asked = f"closed loop of {work.clients} clients" + (f" (load {work.load:.2g} by their pauses)" if work.load else "")
     else:
         asked = f"{work.rate:.4g} connections/s" + (f" (load {work.load:.2g})" if work.load else "")
     service = f"{work.service * 1e3:.4g} ms {work.distribution}" if work.service else "no service time"
     kept = f", {work.requests} requests each" if work.requests > 1 else ""
-    workers = "" if all(one.server.kind == "target" for one in study.figures) else f", {work.workers} workers, {service}"
+    workers = (
+        ""
+        if all(one.server.kind == "target" for one in study.figures)
+        else f", {work.workers} worker{'s' if work.workers > 1 else ''}, {service}"
+    )
     return f"{work.scenario}: {asked}{workers}, {work.repeats} x {work.connections}{kept}"
 
 
 def _latencies(study: Study) -> Table:
-    table = _plain_table()
-    _columns(table, "mean", "+-95%", "p50", "p90", "p99", "p99.9", "max", "theory\nmean", "\np99", "of\nbound")
+    table = plain_table()
+    columns(table, "mean", "+-95%", "p50", "p90", "p99", "p99.9", "max", "theory\nmean", "\np99", "of\nbound")
     for one in study.figures:
         found, known = one.interval, one.prediction
         half = (found.high - found.low) / 2 if found and found.low is not None and found.high is not None else None
@@ -203,7 +242,7 @@ def _latencies(study: Study) -> Table:
         cells += [known.mean, known.p99] if known else [None, None]
         table.add_row(
             one.name + ("" if one.valid else " INVALID"),
-            *map(_ms, cells),
+            *map(ms, cells),
             "-" if share is None else f"{share:.0%}",
             style="" if one.valid else "dim",
         )
@@ -211,12 +250,13 @@ def _latencies(study: Study) -> Table:
 
 
 def _costs(study: Study) -> Table:
-    table = _plain_table()
+    table = plain_table()
     kept = study.work.requests > 1
     table.add_column("per worker", no_wrap=True)
     if kept:
         table.add_column("requests", no_wrap=True)
-    _columns(table, "max/\nmean", "Jain", "switches\n/ conn.", "CPU us\n/ conn.")
+    few = study.work.scenario == "few-clients"
+    columns(table, "max/\nmean", "by a\nhash" if few else "Jain", "switches\n/ conn.", "CPU us\n/ conn.")
     table.add_column("outcomes", overflow="fold")
     for one in study.figures:
         counts = "requests_of" if kept else "connections_of"
@@ -228,7 +268,7 @@ def _costs(study: Study) -> Table:
             _shares(one.per_worker) or "-",
             *([_shares(one.requests_per_worker) or "-"] if kept else []),
             _figure(one.evenness(counts, estimate.max_over_mean)),
-            "-" if jain is None else f"{jain:.3f}",
+            _figure(one.by_hash) if few else "-" if jain is None else f"{jain:.3f}",
             _figure(one.switches_per_connection),
             "-" if cpu is None else f"{cpu * 1e6:.0f}",
             outcomes,
@@ -241,14 +281,11 @@ def _calibrated(found: dict[str, Any]) -> str:
     latency, lag = found["latency_ms"], found["lag_ms"]
     if not latency:
         return f"A server that answers at once did not answer: {found['problem'] or 'no connection came about'}."
+    late = f", schedule lag p99 {lag['p99']:.3g} ms" if lag else ""  # of clients that begin all at once there is none
     return (
-        f"Against a server that answers at once: mean {latency['mean']:.3g} ms, p99 {latency['p99']:.3g} ms, "
-        f"schedule lag p99 {lag['p99']:.3g} ms; the generator spends {found['generator_cpu_us_per_connection']} us on a connection."
+        f"Against a server that answers at once: mean {latency['mean']:.3g} ms, p99 {latency['p99']:.3g} ms{late}; "
+        f"the generator spends {found['generator_cpu_us_per_connection']} us on a connection."
     )
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:#.3g}".rstrip(".") if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 def _shares(per_worker: Sequence[int]) -> str:
@@ -264,7 +301,11 @@ def _figure(number: float | None) -> str:
 
 
 def verdict(runs: Sequence[Run]) -> str:
-    """One sentence, from the valid runs alone."""
+    """One sentence, from the valid runs alone; with several numbers of workers, one for each."""
+    counts = list(dict.fromkeys(run.plan.workers for run in runs))
+    if len(counts) > 1:
+        each = [(count, verdict([run for run in runs if run.plan.workers == count])) for count in counts]
+        return " ".join(f"{count} worker{'s' if count > 1 else ''}: {said[0].lower()}{said[1:]}" for count, said in each)
     valid = [run for run in runs if run.valid]
     parts = []
     for scenario, where in (("idle", "connections to idle workers were shared"), ("burst", "a burst was shared")):
@@ -348,9 +389,9 @@ def _prices(rows: Sequence[price.Row]) -> Table:
     table.padding = (0, 0)
     table.pad_edge = False
     table.add_column("", overflow="fold", min_width=19)
-    _columns(table, "fdpass\np50", "\np99")
+    columns(table, "fdpass\np50", "\np99")
     table.add_column("against", no_wrap=True)
-    _columns(table, "\np50", "\np99")
+    columns(table, "\np50", "\np99")
     table.add_column("fdpass is", no_wrap=True, min_width=16)
     for row in rows:
         others = _SHORT.get(row.other.name, row.other.name) if row.other else ""
@@ -450,6 +491,9 @@ def as_json(runs: Sequence[Run], studies: Sequence[Study], began: float, interru
         found["verdict"] = verdict(runs)
     if studies:
         each = [_study_json(study) for study in studies]
+        if ranked := matrix.rankings(studies):
+            found |= {"rankings": [one.as_json() for one in ranked]}
+            found["verdict"] = f"{found['verdict']} {matrix.verdict(ranked)}" if runs else matrix.verdict(ranked)
         # What was asked for once stands above the runs; a sweep has it for each of its studies.
         found |= each[0] if len(each) == 1 else {"studies": each, "comparisons": [one for study in each for one in study["comparisons"]]}
     return found

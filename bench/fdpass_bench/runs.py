@@ -10,12 +10,9 @@ from typing import Any
 import fdpass
 from fdpass_bench import curves, loadgen
 from fdpass_bench.clients import OUTCOMES
+from fdpass_bench.scenarios import CATALOGUE
 from fdpass_bench.strategy import Manner, Strategy
 
-#: The scenarios, and how many connections each makes unless told; 0: as many as its clients or its rate make.
-SCENARIOS: dict[str, int] = {"idle": 60, "burst": 400, "kill": 200, "stall": 0, "rolling": 0, "long-lived": 1000, "scale-out": 0}
-#: Seconds a worker holds each connection, unless told.
-_SERVICES = {"burst": 0.001, "stall": 0.004, "rolling": 0.002, "scale-out": 0.002}
 _STUCK = 1_000_000_000  # nanoseconds
 _KILL_DRAIN = 2.5  # seconds that the queue of `kill` lasts when nobody dies: four kills and a little
 
@@ -40,7 +37,7 @@ class Plan:
             return self.service
         if self.scenario == "kill":
             return min(1.0, _KILL_DRAIN * self.workers / self.connections)
-        return _SERVICES.get(self.scenario, 0.0)
+        return CATALOGUE[self.scenario].service
 
     @property
     def client_count(self) -> int:

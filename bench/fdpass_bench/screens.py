@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 LINES = 40
-#: "steady: connections per second.": an option of one scenario among several.
+#: "loops: connections per second.": an option of one scenario among several, or of a family of them.
 _BELONGS = re.compile(r"[a-z-]+(, [a-z-]+)*: ")
 _KINDS: Sequence[tuple[type, str]] = ((click.IntRange, "N"), (click.FloatRange, "X"), (click.Path, "FILE"), (click.Choice, "NAME"))
 

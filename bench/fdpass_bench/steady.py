@@ -39,11 +39,24 @@ class Work:
     repeats: int = 2
     time_limit: float = 10.0  # seconds until a request is given up
     scenario: str = "steady"
+    gap: float = 0.0  # of a closed loop: seconds from one client's beginning to the next's, each with one connection; 0: all at once
+    case: str | None = None  # of the matrix, and its level
+    level: str | None = None
 
     @property
     def load(self) -> float | None:
-        """Offered work over what the workers can do, as the work was drawn."""
-        return None if self.rate is None else self.rate * self.requests * self.service / self.workers
+        """Offered work over what the workers can do, as the work was drawn; of a closed loop what its clients would ask for if none ever
+        waited, None where they do not pause."""
+        if self.rate is not None:
+            return self.rate * self.requests * self.service / self.workers
+        if not self.think or not self.service:
+            return None
+        return self.clients * self.service / (self.think + self.service) / self.workers
+
+    @property
+    def where(self) -> str:
+        """ "steady", "matrix many-cheap heavy"."""
+        return " ".join(filter(None, (self.scenario, self.case, self.level)))
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"load": self.load}
@@ -54,9 +67,10 @@ class Work:
             host=server.host,
             port=server.port,
             connections=self.connections,
-            rate=self.rate,
-            arrivals=self.arrivals,
-            clients=self.clients,
+            # Clients that come one after the other, each with one connection, are arrivals; what follows is theirs to time.
+            rate=1 / self.gap if self.gap else self.rate,
+            arrivals="uniform" if self.gap else self.arrivals,
+            clients=0 if self.gap else self.clients,
             service=self.service,
             distribution=self.distribution,
             seed=self.seed * 1000 + repeat,
@@ -211,16 +225,20 @@ class Trial:
     problem: str | None = None  # why it was not measured at all
 
 
+def null_load(work: Work, serving: Serving = Serving("127.0.0.1", 1)) -> loadgen.Load:
+    """What the null server gets in place of this work: its arrivals, at 100 a second or more, for a second."""
+    load = work.load_of(serving, 0)
+    rate = None if load.rate is None else max(100.0, load.rate)
+    count = min(load.connections if rate is None else int(rate * _CALIBRATION), 20000)
+    return replace(load, rate=rate, connections=count, requests=1, service=0.0, think=0.0, distribution="fixed")
+
+
 def calibrate(work: Work) -> Trial:
-    """The work's arrivals, at 100 a second or more, against a server that answers at once: what remains is the generator's and kernel's."""
+    """The work's arrivals against a server that answers at once: what remains is the generator's and kernel's."""
     trial = Trial("null server", 0)
     try:
         with loadgen.Generator() as generator, loadgen.NullServer() as null:
-            load = work.load_of(Serving(*null.address), 0)
-            rate = None if load.rate is None else max(100.0, load.rate)
-            count = min(load.connections if rate is None else int(rate * _CALIBRATION), 20000)
-            fields = {**vars(load), "rate": rate, "connections": count, "requests": 1, "service": 0.0, "think": 0.0}
-            _take(trial, generator.run(loadgen.Load(**fields)), replace(work, requests=1), believed=False)
+            _take(trial, generator.run(null_load(work, Serving(*null.address))), replace(work, requests=1), believed=False)
     except (OSError, RuntimeError, fdpass.FdPassError) as error:
         trial.problem = str(error)
     return trial
@@ -319,10 +337,12 @@ def _take(trial: Trial, result: loadgen.Result, work: Work, believed: bool) -> N
         trial.begun_per_s = _per_second(len(firsts) - 1, max(begun[row] for row in firsts) - first)
         whole = [row for row in firsts if outcomes[row + requests - 1] == ok]
         if whole:
-            until = max(ended[row + requests - 1] for row in whole) - first
+            # The time that the server took for a connection: its pauses are the client's.
+            took_of = [sum(ended[row + one] - scheduled[row + one] for one in range(requests)) for row in whole]
+            until = max(scheduled[row] + took for row, took in zip(whole, took_of, strict=True)) - first
             if trial.offered_per_s is not None:
                 # The last arrivals take their time as all others do, which is no lack of rate; that they take ever longer is one.
-                usual = max(ended[row + requests - 1] - scheduled[row] for row in whole[: (len(whole) + 1) // 2])
+                usual = max(took_of[: (len(whole) + 1) // 2])
                 until = max(int(window * 1e9), until - usual)
             trial.achieved_per_s = _per_second(len(whole) - 1, until)
     if requests == 1:
