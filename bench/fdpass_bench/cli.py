@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from fdpass_bench.peers import Target
     from fdpass_bench.price import Plan as PricePlan
     from fdpass_bench.runs import Plan
-    from fdpass_bench.steady import Server, Work
-    from fdpass_bench.strategy import Strategy
+    from fdpass_bench.servers import Group, PeerServer, Server
+    from fdpass_bench.steady import Work
+    from fdpass_bench.strategy import Manner, Strategy
 
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
 _PRICES = ("carriers", "starts", "descriptors", "outstanding", "receivers")
@@ -39,6 +40,7 @@ _BELONGS = {
     "rolls": ("rolling",),
     "clients": ("rolling", "scale-out", "steady"),
     "seed": ("stall", "rolling", "long-lived", "scale-out", "steady"),
+    "peers": _SCENARIOS,
 }
 
 
@@ -132,9 +134,10 @@ def command(ctx: click.Context) -> int:
     if ctx.invoked_subcommand is not None:
         return 0
     from fdpass_bench.campaign import Campaign
+    from fdpass_bench.servers import Group
     from fdpass_bench.strategy import Strategy
 
-    return _measure(Campaign(_plans([Strategy.parse(text) for text in _DEMONSTRATION], _FIRST, 4, None, 10.0, None)), None)
+    return _measure(Campaign(_plans([Group(Strategy.parse(text)) for text in _DEMONSTRATION], _FIRST, 4, None, 10.0, None)), None)
 
 
 @command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
@@ -209,7 +212,7 @@ def command(ctx: click.Context) -> int:
     multiple=True,
     callback=_peers,
     shell_complete=screens.listed(_every_peer),
-    help="steady: start nginx, uvicorn, node ... and compare.",
+    help="Start nginx, uvicorn, node ... and compare.",
 )
 @click.pass_context
 def balance(
@@ -268,7 +271,7 @@ def balance(
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
-    bound = dict.fromkeys((*steady, "targets", "peers"), ("steady",)) | _BELONGS
+    bound = dict.fromkeys((*steady, "targets"), ("steady",)) | _BELONGS
     of = {param.opts[0]: bound[param.name] for param in ctx.command.params if param.name in bound and param.name and given(param.name)}
     scenarios = _chosen(scenario, of)
     steadily = "steady" in scenarios
@@ -283,10 +286,16 @@ def balance(
     if credits is not None and not any(strategy.name == "dispatch" for strategy in strategies):
         raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
     from fdpass_bench.campaign import Campaign, Steady
+    from fdpass_bench.peers import PeerError
 
     service = None if service_ms is None else service_ms / 1000
-    more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "credits": credits, "seed": 1 if seed is None else seed}
-    plans = _plans(strategies, scenarios, workers, connections, time_limit, service, **more)
+    more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "seed": 1 if seed is None else seed}
+    if peers and not given("strategies"):
+        strategies = strategies[:2]  # what others do is compared with what we would have them do
+    try:
+        plans = _plans(_contenders(strategies, credits), scenarios, workers, connections, time_limit, service, peers=peers, **more)
+    except PeerError as error:
+        raise click.ClickException(str(error)) from error
     loops: list[Steady] = []
     if steadily:
         if not given("strategies"):
@@ -503,19 +512,21 @@ def who(port: int) -> int:
 
 
 def _plans(
-    strategies: Sequence[Strategy],
+    ours: Sequence[Server],
     scenarios: Sequence[str],
     workers: int,
     connections: int | None,
     time_limit: float | None,
     service: float | None,
+    peers: Sequence[str] = (),
     **more: Any,
 ) -> list[Plan]:
+    """Raises peers.PeerError for one that is not installed, or cannot do a scenario."""
     from fdpass_bench.runs import SCENARIOS, Plan
 
-    return [
-        Plan(
-            strategy,
+    def plan_of(server: Server, scenario: str) -> Plan:
+        return Plan(
+            server,
             scenario,
             workers,
             # 0: what its rate or its clients make.
@@ -524,19 +535,35 @@ def _plans(
             service,
             **more,
         )
-        for scenario in scenarios
-        for strategy in strategies
-    ]
+
+    plans = [[plan_of(server, scenario) for server in ours] for scenario in scenarios]
+    for here, scenario in zip(plans, scenarios, strict=True):
+        here += [plan_of(_peer(name, plan_of(ours[0], scenario)), scenario) for name in peers]
+    return [plan for here in plans for plan in here]
+
+
+def _contenders(strategies: Sequence[Strategy], credits: int | None) -> list[Group]:
+    from fdpass_bench.servers import Group
+
+    return [Group(strategy, credits) for strategy in strategies]
+
+
+def _peer(name: str, like: Plan) -> PeerServer:
+    """Raises peers.PeerError where it cannot do such a plan."""
+    from fdpass_bench.servers import PeerServer
+
+    manner: Manner = "hold" if like.scenario == "long-lived" else "timed"
+    return PeerServer.find(name, like.wanted(manner), rolls=like.scenario == "rolling")
 
 
 def _servers(
     work: Work, strategies: Sequence[Strategy], credits: int | None, peers: Sequence[str], targets: Sequence[Target]
 ) -> list[Server]:
     from fdpass_bench.peers import PeerError
-    from fdpass_bench.steady import Group, PeerServer, TargetServer
+    from fdpass_bench.servers import PeerServer, TargetServer
 
     try:
-        found = [PeerServer.find(name, work) for name in peers]
+        found = [PeerServer.find(name, work.wanted) for name in peers]
     except PeerError as error:
         raise click.ClickException(str(error)) from error
     for target in targets:
@@ -544,7 +571,7 @@ def _servers(
             work.load_of(TargetServer(target).serving, 0)
         except ValueError as error:
             raise click.UsageError(f"--target {target.text}: {error}") from error
-    return [*(Group(strategy, credits) for strategy in strategies), *found, *map(TargetServer, targets)]
+    return [*_contenders(strategies, credits), *found, *map(TargetServer, targets)]
 
 
 def _work(

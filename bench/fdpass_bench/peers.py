@@ -78,7 +78,7 @@ def _said_so(process: psutil.Process, folder: Path) -> bool:
     return (folder / str(process.pid)).exists()
 
 
-def _nginx(order: Order, reuseport: bool = False) -> Recipe:
+def _nginx(order: Order, reuseport: bool = False, accept_mutex: bool = False) -> Recipe:
     program = _program("nginx", "apt install nginx", folders=":/usr/sbin:/usr/local/sbin:/usr/local/nginx/sbin")
     built = subprocess.run([program, "-V"], capture_output=True, text=True, check=False, timeout=_START_LIMIT).stderr
     found = re.search(r"nginx/(\S+)", built)
@@ -94,6 +94,7 @@ def _nginx(order: Order, reuseport: bool = False) -> Recipe:
             load_module=f'load_module "{module}";' if module else "",
             user=f"user {user};" if user else "",
             workers=order.workers,
+            accept_mutex="on" if accept_mutex else "off",
             keepalive_timeout="3600s" if order.keep_alive else "0",
             temporary_paths=" ".join(f"{kind}_temp_path {kind};" for kind in ("client_body", *kinds)),
             perl=f'perl_modules "{_APPS}"; perl_require hold.pm;' if order.service else "",
@@ -105,7 +106,7 @@ def _nginx(order: Order, reuseport: bool = False) -> Recipe:
         (folder / "nginx.conf").write_text(text)
         return [program, "-p", f"{folder}/", "-c", "nginx.conf"]
 
-    # A worker takes this title when its event loop is set up.
+    # A worker takes this title when its event loop is set up, and another one when it is to end.
     return Recipe(version, command, lambda process, folder: process.cmdline()[:1] == ["nginx: worker process"])
 
 
@@ -169,14 +170,14 @@ def _granian(order: Order) -> Recipe:
     return Recipe(version, command, _said_so)
 
 
-def _node(order: Order) -> Recipe:
+def _node(order: Order, scheduling: str = "rr") -> Recipe:
     program = _program("node", "apt install nodejs")
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=_START_LIMIT).stdout
 
     def command(port: int, folder: Path) -> list[str]:
         connection = "keep-alive" if order.keep_alive else "close"
         numbers = map(str, (port, order.workers, order.backlog))
-        return [program, str(_APPS / "cluster.js"), *numbers, order.work, connection, str(folder)]
+        return [program, str(_APPS / "cluster.js"), *numbers, order.work, connection, str(folder), scheduling]
 
     return Recipe(said.strip().removeprefix("v"), command, _said_so)
 
@@ -200,12 +201,17 @@ def _python_version(name: str) -> str:
 PEERS: dict[str, Callable[[Order], Recipe]] = {
     "nginx": _nginx,
     "nginx-reuseport": functools.partial(_nginx, reuseport=True),
+    "nginx-accept-mutex": functools.partial(_nginx, accept_mutex=True),
     "uvicorn": _uvicorn,
     "gunicorn": _gunicorn,
     "gunicorn-reuseport": functools.partial(_gunicorn, reuseport=True),
     "granian": _granian,
     "node": _node,
+    "node-none": functools.partial(_node, scheduling="none"),
 }
+#: Those that replace their workers when they are told to, and those that start another one for one that was killed.
+RELOADING = [name for name in PEERS if not name.startswith("node")]
+RESTARTING = [name for name in RELOADING if name != "granian"]
 
 
 # -------------------------------------------------------------------------------- from start to end
@@ -279,6 +285,15 @@ class Peer:
                     if process.status() != psutil.STATUS_ZOMBIE and self._recipe.serves(process, self._folder):
                         found.append(process.pid)
         return sorted(found)
+
+    def reload(self) -> None:
+        """Tells the server to replace its workers, in the way that those of RELOADING document; returns at once. Raises PeerError."""
+        problem = self._early_end()
+        if problem is not None:
+            raise problem
+        assert self._master is not None, "reload() is for a server that was started"
+        # Uncollected, so that the number is its own still.
+        os.kill(self._master.pid, signal.SIGHUP)
 
     def _start(self) -> None:
         fdpass.raise_fd_limit()
