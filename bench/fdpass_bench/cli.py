@@ -286,7 +286,7 @@ def balance(
     if credits is not None and not any(strategy.name == "dispatch" for strategy in strategies):
         raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
     from fdpass_bench.campaign import Campaign, Steady
-    from fdpass_bench.peers import PeerError
+    from fdpass_bench.peers import PeerError, UnfitError
 
     service = None if service_ms is None else service_ms / 1000
     more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "seed": 1 if seed is None else seed}
@@ -294,6 +294,8 @@ def balance(
         strategies = strategies[:2]  # what others do is compared with what we would have them do
     try:
         plans = _plans(_contenders(strategies, credits), scenarios, workers, connections, time_limit, service, peers=peers, **more)
+    except UnfitError as error:
+        raise click.UsageError(str(error)) from error
     except PeerError as error:
         raise click.ClickException(str(error)) from error
     loops: list[Steady] = []
@@ -559,11 +561,13 @@ def _peer(name: str, like: Plan) -> PeerServer:
 def _servers(
     work: Work, strategies: Sequence[Strategy], credits: int | None, peers: Sequence[str], targets: Sequence[Target]
 ) -> list[Server]:
-    from fdpass_bench.peers import PeerError
+    from fdpass_bench.peers import PeerError, UnfitError
     from fdpass_bench.servers import PeerServer, TargetServer
 
     try:
         found = [PeerServer.find(name, work.wanted) for name in peers]
+    except UnfitError as error:
+        raise click.UsageError(str(error)) from error
     except PeerError as error:
         raise click.ClickException(str(error)) from error
     for target in targets:

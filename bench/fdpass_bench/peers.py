@@ -35,6 +35,8 @@ WORKS = ("sleep", "burn")
 _APPS = Path(__file__).parent / "peer_apps"
 _APPLICATION = "fdpass_bench.peer_apps.application"
 _START_LIMIT = 30.0  # seconds until every worker must serve
+_RELOAD_LIMIT = 30.0  # seconds until every worker must be another process, and
+_RELOAD_EACH = 5.0  # for each of them: granian waits 3.5 s after each by itself
 _STOP_LIMIT = 5.0  # seconds that a server has to end by itself; a second time for what was killed
 _LOOK_AGAIN = 0.02  # seconds between two looks at a server that starts
 _ANSWER_LIMIT = 2.0  # seconds for the first answer
@@ -45,6 +47,10 @@ _FOREIGN = re.compile("GUNICORN_|UVICORN_|GRANIAN_|NODE_|NGINX|LISTEN_|WEB_CONCU
 
 class PeerError(Exception):
     """A server is not installed, did not start, ended too early or cannot do what was asked; the message says what helps."""
+
+
+class UnfitError(PeerError):
+    """A server cannot do what was asked, wherever it is installed."""
 
 
 # -------------------------------------------------------------------------------- how each is started
@@ -141,7 +147,7 @@ def _uvicorn(order: Order) -> Recipe:
 def _gunicorn(order: Order, reuseport: bool = False) -> Recipe:
     version = _python_version("gunicorn")
     if order.keep_alive:
-        raise PeerError("gunicorn's sync workers close each connection after one answer: it cannot keep connections alive")
+        raise UnfitError("gunicorn's sync workers close each connection after one answer: it cannot keep connections alive")
 
     def command(port: int, folder: Path) -> list[str]:
         # gunicorn reads this file by itself, and passes over names it does not know: older versions have no control socket.
@@ -209,9 +215,10 @@ PEERS: dict[str, Callable[[Order], Recipe]] = {
     "node": _node,
     "node-none": functools.partial(_node, scheduling="none"),
 }
-#: Those that replace their workers when they are told to, and those that start another one for one that was killed.
-RELOADING = [name for name in PEERS if not name.startswith("node")]
-RESTARTING = [name for name in RELOADING if name != "granian"]
+#: Those whose first process replaces all workers on SIGHUP, as each documents it; a cluster of Node does what its program does.
+RELOADING = tuple(name for name in PEERS if not name.startswith("node"))
+#: Those that start another worker for one that was killed. granian, as it is unless told, ends as a whole.
+RESTARTING = tuple(name for name in RELOADING if name != "granian")
 
 
 # -------------------------------------------------------------------------------- from start to end
@@ -287,13 +294,28 @@ class Peer:
         return sorted(found)
 
     def reload(self) -> None:
-        """Tells the server to replace its workers, in the way that those of RELOADING document; returns at once. Raises PeerError."""
-        problem = self._early_end()
-        if problem is not None:
-            raise problem
-        assert self._master is not None, "reload() is for a server that was started"
-        # Uncollected, so that the number is its own still.
-        os.kill(self._master.pid, signal.SIGHUP)
+        """Lets a server of RELOADING replace its workers; returns when those of before have ended and as many others serve.
+
+        Raises PeerError where it does not in time, or ends.
+        """
+        with contextlib.ExitStack() as stack:
+            before = self.pids()
+            old: set[int] = set()
+            for pid in before:
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    old.add(stack.enter_context(_pidfd(pid)))
+            assert self._master is not None, "reload() is for a server that was started"
+            # Uncollected, so that the number is its own still.
+            os.kill(self._master.pid, signal.SIGHUP)
+            seconds = _RELOAD_LIMIT + _RELOAD_EACH * self.workers
+            limit = time.monotonic() + seconds
+            while old or len(set(self.pids()) - set(before)) < self.workers:
+                if time.monotonic() > limit:
+                    raise PeerError(
+                        f"{self.name} did not replace its workers within {seconds:g} s: {len(old)} of {len(before)} are still the same "
+                        f"processes{self._last_words()}"
+                    )
+                old -= _wait(old, _LOOK_AGAIN)
 
     def _start(self) -> None:
         fdpass.raise_fd_limit()

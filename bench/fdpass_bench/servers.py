@@ -3,7 +3,7 @@ It sends no load and measures nothing; no scenario asks here whose a server is."
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +12,6 @@ from typing import Protocol
 import fdpass
 from fdpass_bench import peers
 from fdpass_bench.strategy import Manner, Strategy
-
-_RELOAD_LIMIT = 30.0  # seconds until every worker of a peer must be another process
-_LOOK = 0.02  # seconds between two looks at a peer that reloads
 
 
 @dataclass(frozen=True)
@@ -36,27 +33,39 @@ class Wanted:
 
 
 class Workers:
-    """The worker processes of a server, each with a place from 0 on, which its successor takes. Ours say their place, peers their pid."""
+    """The worker processes of a server, each with a place from 0 on. `find`: those that serve, in the order of their places. They say
+    their place when they answer, or nothing."""
 
-    def __init__(self, find: Callable[[], Sequence[int]] = tuple, said: str = "place") -> None:
-        self._find, self._said = find, said
-        self._places: dict[int, int] = {}  # by pid, of the dead too
+    def __init__(self, find: Callable[[], Sequence[int]] = tuple) -> None:
+        self._find = find
 
     def pids(self) -> list[int]:
         """Those that serve now, in the order of their places."""
-        alive = list(self._find())
+        return list(self._find())
+
+    def place(self, said: int) -> int | None:
+        """Of the worker that named itself so; None where it was never seen."""
+        return said
+
+
+class NamedByPid(Workers):
+    """Workers that say their pid when they answer: each takes the lowest place that is free when it is first seen, and keeps it."""
+
+    def __init__(self, find: Callable[[], Sequence[int]]) -> None:
+        super().__init__(find)
+        self._places: dict[int, int] = {}  # by pid; of the dead too, whose answers are still counted
+
+    def pids(self) -> list[int]:
+        alive = super().pids()
         taken = {self._places[pid] for pid in alive if pid in self._places}
-        free = (place for place in range(len(self._places) + len(alive)) if place not in taken)
-        if self._said == "place":
-            return alive
+        free = (place for place in itertools.count() if place not in taken)
         for pid in alive:
             if pid not in self._places:
                 self._places[pid] = next(free)
         return sorted(alive, key=self._places.__getitem__)
 
     def place(self, said: int) -> int | None:
-        """Of the worker that named itself so; None where it was never seen."""
-        return said if self._said == "place" else self._places.get(said)
+        return self._places.get(said)
 
 
 @dataclass(frozen=True)
@@ -175,13 +184,15 @@ class PeerServer:
 
     @classmethod
     def find(cls, name: str, wanted: Wanted, *, rolls: bool = False) -> PeerServer:
-        """Raises peers.PeerError where it is not installed, or cannot do this. rolls: whether it has to replace its workers."""
-        peer = cls._peer(name, wanted)
+        """Raises peers.UnfitError where it cannot do this, another peers.PeerError where it is not installed.
+
+        rolls: whether it has to replace its workers.
+        """
         if rolls and name not in peers.RELOADING:
-            raise peers.PeerError(f"{name} cannot replace its workers while it serves; {', '.join(peers.RELOADING)} can")
+            raise peers.UnfitError(f"{name} cannot replace its workers while it serves; {', '.join(peers.RELOADING)} can")
         if wanted.restarts and name not in peers.RESTARTING:
-            raise peers.PeerError(f"{name} starts no worker in place of one that was killed; {', '.join(peers.RESTARTING)} do")
-        return cls(name, peer.version)
+            raise peers.UnfitError(f"{name} starts no worker in place of one that was killed; {', '.join(peers.RESTARTING)} do")
+        return cls(name, cls._peer(name, wanted).version)
 
     @staticmethod
     def _peer(name: str, wanted: Wanted) -> peers.Peer:
@@ -191,21 +202,15 @@ class PeerServer:
     @contextmanager
     def serve(self, wanted: Wanted) -> Iterator[Serving]:
         with self._peer(self.name, wanted) as peer:
-            workers = Workers(peer.pids, said="pid")
+            workers = NamedByPid(peer.pids)
             workers.pids()
 
             def roll() -> None:
-                before = set(workers.pids())
                 peer.reload()
-                limit = time.monotonic() + _RELOAD_LIMIT
-                while before & set(now := workers.pids()) or len(now) < wanted.workers:
-                    if time.monotonic() > limit:
-                        left = len(before & set(now))
-                        raise peers.PeerError(f"{left} of {len(before)} workers are still the same {_RELOAD_LIMIT:g} s after its reload")
-                    time.sleep(_LOOK)
+                workers.pids()
 
             host, port = peer.address
-            yield Serving(host, port, workers, roll=roll if self.name in peers.RELOADING else None, ticks=self.name.startswith("uvicorn"))
+            yield Serving(host, port, workers, roll=roll if self.name in peers.RELOADING else None, ticks=self.name == "uvicorn")
 
 
 @dataclass(frozen=True)
