@@ -336,7 +336,7 @@ def test_nginx_without_its_perl_module(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_asked_for() -> None:
-    with pytest.raises(PeerError, match="there is no peer 'apache'; there are nginx, nginx-reuseport, uvicorn, gunicorn"):
+    with pytest.raises(PeerError, match="there is no peer 'apache'; there are nginx, nginx-reuseport, nginx-accept-mutex, uvicorn, gunicorn"):
         Peer("apache", 2, True)
     with pytest.raises(PeerError, match="cannot keep connections alive"):
         Peer("gunicorn", 2, True, keep_alive=True)

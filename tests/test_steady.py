@@ -457,7 +457,7 @@ def test_repeats_are_in_the_order_abba() -> None:
         (["--connections", "1000000", "--requests-per-connection", "100"], "5000000"),
         (["--scenario", "all", "--service-ms", "0"], "--rate"),
         (["--target", "https://127.0.0.1:1", "--rate", "5"], "TLS"),
-        (["--peer", "apache"], "'apache'; there are nginx, nginx-reuseport, uvicorn"),
+        (["--peer", "apache"], "'apache'; there are nginx, nginx-reuseport, nginx-accept-mutex, uvicorn"),
         (["--think-ms", "5"], "--think-ms needs --requests-per-connection"),
         (["--clients", "5", "--arrivals", "uniform"], "--arrivals"),
         (["--scenario", "burst", "--connections", "20001"], "20000"),

@@ -184,14 +184,14 @@ class PeerServer:
 
     @classmethod
     def find(cls, name: str, wanted: Wanted, *, rolls: bool = False) -> PeerServer:
-        """Raises peers.UnfitError where it cannot do this, another peers.PeerError where it is not installed.
+        """Raises peers.PeerUnable where it cannot do this, another peers.PeerError where it is not installed.
 
         rolls: whether it has to replace its workers.
         """
         if rolls and name not in peers.RELOADING:
-            raise peers.UnfitError(f"{name} cannot replace its workers while it serves; {', '.join(peers.RELOADING)} can")
+            raise peers.PeerUnable(f"{name} cannot replace its workers while it serves; {', '.join(peers.RELOADING)} can")
         if wanted.restarts and name not in peers.RESTARTING:
-            raise peers.UnfitError(f"{name} starts no worker in place of one that was killed; {', '.join(peers.RESTARTING)} do")
+            raise peers.PeerUnable(f"{name} starts no worker in place of one that was killed; {', '.join(peers.RESTARTING)} do")
         return cls(name, cls._peer(name, wanted).version)
 
     @staticmethod
