@@ -286,16 +286,12 @@ def balance(
     if credits is not None and not any(strategy.name == "dispatch" for strategy in strategies):
         raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
     from fdpass_bench.campaign import Campaign, Steady
-    from fdpass_bench.peers import PeerError
-
     service = None if service_ms is None else service_ms / 1000
     more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "seed": 1 if seed is None else seed}
     if peers and not given("strategies"):
         strategies = strategies[:2]  # what others do is compared with what we would have them do
-    try:
+    with _peers_found():
         plans = _plans(_contenders(strategies, credits), scenarios, workers, connections, time_limit, service, peers=peers, **more)
-    except PeerError as error:
-        raise click.ClickException(str(error)) from error
     loops: list[Steady] = []
     if steadily:
         if not given("strategies"):
@@ -556,16 +552,26 @@ def _peer(name: str, like: Plan) -> PeerServer:
     return PeerServer.find(name, like.wanted(manner), rolls=like.scenario == "rolling")
 
 
+@contextlib.contextmanager
+def _peers_found() -> Iterator[None]:
+    """A peer that cannot do what is asked is the caller's mistake; one that is not installed is not."""
+    from fdpass_bench.peers import PeerError, PeerUnable
+
+    try:
+        yield
+    except PeerUnable as error:
+        raise click.UsageError(str(error)) from error
+    except PeerError as error:
+        raise click.ClickException(str(error)) from error
+
+
 def _servers(
     work: Work, strategies: Sequence[Strategy], credits: int | None, peers: Sequence[str], targets: Sequence[Target]
 ) -> list[Server]:
-    from fdpass_bench.peers import PeerError
     from fdpass_bench.servers import PeerServer, TargetServer
 
-    try:
+    with _peers_found():
         found = [PeerServer.find(name, work.wanted) for name in peers]
-    except PeerError as error:
-        raise click.ClickException(str(error)) from error
     for target in targets:
         try:
             work.load_of(TargetServer(target).serving, 0)

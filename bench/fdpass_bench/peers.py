@@ -47,6 +47,10 @@ class PeerError(Exception):
     """A server is not installed, did not start, ended too early or cannot do what was asked; the message says what helps."""
 
 
+class PeerUnable(PeerError):
+    """A server cannot do what was asked, wherever it is installed."""
+
+
 # -------------------------------------------------------------------------------- how each is started
 
 
@@ -141,7 +145,7 @@ def _uvicorn(order: Order) -> Recipe:
 def _gunicorn(order: Order, reuseport: bool = False) -> Recipe:
     version = _python_version("gunicorn")
     if order.keep_alive:
-        raise PeerError("gunicorn's sync workers close each connection after one answer: it cannot keep connections alive")
+        raise PeerUnable("gunicorn's sync workers close each connection after one answer: it cannot keep connections alive")
 
     def command(port: int, folder: Path) -> list[str]:
         # gunicorn reads this file by itself, and passes over names it does not know: older versions have no control socket.

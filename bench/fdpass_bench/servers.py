@@ -36,27 +36,27 @@ class Wanted:
 
 
 class Workers:
-    """The worker processes of a server, each with a place from 0 on, which its successor takes. Ours say their place, peers their pid."""
+    """The worker processes of a server, each with a place from 0 on. Ours say their place. `count`: others say their pid; so many have a
+    place, which a successor takes once they are gone."""
 
-    def __init__(self, find: Callable[[], Sequence[int]] = tuple, said: str = "place") -> None:
-        self._find, self._said = find, said
+    def __init__(self, find: Callable[[], Sequence[int]] = tuple, count: int | None = None) -> None:
+        self._find, self._count = find, count
         self._places: dict[int, int] = {}  # by pid, of the dead too
 
     def pids(self) -> list[int]:
-        """Those that serve now, in the order of their places."""
+        """Those that serve now, in the order of their places; at the end those that wait for one."""
         alive = list(self._find())
-        taken = {self._places[pid] for pid in alive if pid in self._places}
-        free = (place for place in range(len(self._places) + len(alive)) if place not in taken)
-        if self._said == "place":
+        if self._count is None:
             return alive
-        for pid in alive:
-            if pid not in self._places:
-                self._places[pid] = next(free)
-        return sorted(alive, key=self._places.__getitem__)
+        taken = {self._places[pid] for pid in alive if pid in self._places}
+        free = [place for place in range(self._count) if place not in taken]
+        for pid, place in zip([pid for pid in alive if pid not in self._places], free, strict=False):
+            self._places[pid] = place
+        return sorted(alive, key=lambda pid: self._places.get(pid, len(alive)))
 
     def place(self, said: int) -> int | None:
-        """Of the worker that named itself so; None where it was never seen."""
-        return said if self._said == "place" else self._places.get(said)
+        """Of the worker that named itself so; None where it has none."""
+        return said if self._count is None else self._places.get(said)
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ class PeerServer:
         """Raises peers.PeerError where it is not installed, or cannot do this. rolls: whether it has to replace its workers."""
         peer = cls._peer(name, wanted)
         if rolls and name not in peers.RELOADING:
-            raise peers.PeerError(f"{name} cannot replace its workers while it serves; {', '.join(peers.RELOADING)} can")
+            raise peers.PeerUnable(f"{name} cannot replace its workers while it serves; {', '.join(peers.RELOADING)} can")
         if wanted.restarts and name not in peers.RESTARTING:
-            raise peers.PeerError(f"{name} starts no worker in place of one that was killed; {', '.join(peers.RESTARTING)} do")
+            raise peers.PeerUnable(f"{name} starts no worker in place of one that was killed; {', '.join(peers.RESTARTING)} do")
         return cls(name, peer.version)
 
     @staticmethod
@@ -191,7 +191,7 @@ class PeerServer:
     @contextmanager
     def serve(self, wanted: Wanted) -> Iterator[Serving]:
         with self._peer(self.name, wanted) as peer:
-            workers = Workers(peer.pids, said="pid")
+            workers = Workers(peer.pids, wanted.workers)
             workers.pids()
 
             def roll() -> None:
