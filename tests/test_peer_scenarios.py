@@ -18,7 +18,7 @@ import psutil
 import pytest
 from fdpass_bench import cli
 from fdpass_bench.peers import PEERS, RELOADING, RESTARTING, Order, PeerError
-from fdpass_bench.servers import NamedByPid
+from fdpass_bench.servers import Workers
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(sys.platform != "linux", reason="the load generator needs Linux")]
 
@@ -205,16 +205,20 @@ def session(leader: int) -> list[psutil.Process]:
 
 def test_a_successor_takes_its_predecessors_place() -> None:
     alive = [11, 10]
-    workers = NamedByPid(lambda: alive)
+    workers = Workers(lambda: alive, 2)
     assert workers.pids() == [11, 10]
     assert [workers.place(pid) for pid in (10, 11, 12)] == [1, 0, None]
     alive[:] = [10, 12]
     assert workers.pids() == [12, 10]
     # The dead one's answers are still its own.
     assert [workers.place(pid) for pid in (10, 11, 12)] == [1, 0, 0]
-    alive[:] = [14, 13]
-    assert workers.pids() == [14, 13]
-    assert [workers.place(pid) for pid in (13, 14)] == [1, 0]
+    # No place is free for a third until one has gone.
+    alive[:] = [13, 10, 12]
+    assert workers.pids() == [12, 10, 13]
+    assert workers.place(13) is None
+    alive[:] = [13, 12]
+    assert workers.pids() == [12, 13]
+    assert workers.place(13) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- arguments

@@ -3,7 +3,6 @@ It sends no load and measures nothing; no scenario asks here whose a server is."
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -33,39 +32,27 @@ class Wanted:
 
 
 class Workers:
-    """The worker processes of a server, each with a place from 0 on. `find`: those that serve, in the order of their places. They say
-    their place when they answer, or nothing."""
+    """The worker processes of a server, each with a place from 0 on. Ours say their place. `count`: others say their pid; so many have a
+    place, which a successor takes once they are gone."""
 
-    def __init__(self, find: Callable[[], Sequence[int]] = tuple) -> None:
-        self._find = find
-
-    def pids(self) -> list[int]:
-        """Those that serve now, in the order of their places."""
-        return list(self._find())
-
-    def place(self, said: int) -> int | None:
-        """Of the worker that named itself so; None where it was never seen."""
-        return said
-
-
-class NamedByPid(Workers):
-    """Workers that say their pid when they answer: each takes the lowest place that is free when it is first seen, and keeps it."""
-
-    def __init__(self, find: Callable[[], Sequence[int]]) -> None:
-        super().__init__(find)
-        self._places: dict[int, int] = {}  # by pid; of the dead too, whose answers are still counted
+    def __init__(self, find: Callable[[], Sequence[int]] = tuple, count: int | None = None) -> None:
+        self._find, self._count = find, count
+        self._places: dict[int, int] = {}  # by pid, of the dead too
 
     def pids(self) -> list[int]:
-        alive = super().pids()
+        """Those that serve now, in the order of their places; at the end those that wait for one."""
+        alive = list(self._find())
+        if self._count is None:
+            return alive
         taken = {self._places[pid] for pid in alive if pid in self._places}
-        free = (place for place in itertools.count() if place not in taken)
-        for pid in alive:
-            if pid not in self._places:
-                self._places[pid] = next(free)
-        return sorted(alive, key=self._places.__getitem__)
+        free = [place for place in range(self._count) if place not in taken]
+        for pid, place in zip([pid for pid in alive if pid not in self._places], free, strict=False):
+            self._places[pid] = place
+        return sorted(alive, key=lambda pid: self._places.get(pid, len(alive)))
 
     def place(self, said: int) -> int | None:
-        return self._places.get(said)
+        """Of the worker that named itself so; None where it has none."""
+        return said if self._count is None else self._places.get(said)
 
 
 @dataclass(frozen=True)
@@ -202,7 +189,7 @@ class PeerServer:
     @contextmanager
     def serve(self, wanted: Wanted) -> Iterator[Serving]:
         with self._peer(self.name, wanted) as peer:
-            workers = NamedByPid(peer.pids)
+            workers = Workers(peer.pids, wanted.workers)
             workers.pids()
 
             def roll() -> None:
