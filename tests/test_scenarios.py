@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -105,81 +104,6 @@ def test_a_program_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="shared:uvicorn-uvloop needs uvicorn: pip install uvicorn"):
         Strategy.parse("shared:uvicorn-uvloop")
     assert Strategy.parse("shared:asyncio").program == "asyncio"
-
-
-# ---------------------------------------------------------------------------------------------------------------- peers
-
-
-def needs(*programs: str) -> pytest.MarkDecorator:
-    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin"
-    missing = [name for name in programs if shutil.which(name, path=path) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
-
-
-@needs("nginx")
-@pytest.mark.skipif(not Path("/usr/lib/nginx/modules/ngx_http_perl_module.so").exists(), reason="nginx has no Perl module")
-def test_a_frozen_worker_of_nginx_strands_what_was_hashed_to_it(tmp_path: Path) -> None:
-    arguments = ("--strategies", "shared", "--peer", "nginx-reuseport", "--workers", "2", "--scenario", "stall")
-    ours, theirs = measured(tmp_path / "stall.json", *arguments)
-    assert (ours["strategy"], ours["server"], theirs["strategy"], theirs["server"]) == ("shared", "fdpass", "nginx-reuseport", "peer")
-    assert theirs["version"]
-    assert theirs["outcomes"]["ok"] == theirs["connections"] == sum(theirs["per_worker"])
-    assert min(theirs["per_worker"]) > 0
-    assert theirs["delayed"] > 0
-
-
-@pytest.mark.parametrize("peer", ["gunicorn", "uvicorn"])
-def test_a_peer_is_rolled_by_its_own_reload(tmp_path: Path, peer: str) -> None:
-    arguments = ("--strategies", "shared", "--peer", peer, "--workers", "2", "--rolls", "1", "--clients", "4")
-    ours, theirs = measured(tmp_path / "rolling.json", *arguments)
-    assert (ours["failed"], theirs["rolls"], len(theirs["roll_seconds"])) == (0, 1, 1)
-    # Those of before the reload and those of after it have the same two places.
-    assert theirs["requests"] == sum(theirs["outcomes"].values()) > 0
-    assert sum(theirs["per_worker"]) == theirs["outcomes"]["ok"]
-
-
-@needs("node")
-def test_who_takes_spaced_connections_in_a_cluster(tmp_path: Path) -> None:
-    arguments = ("--strategies", "shared", "--peer", "node,node-none", "--workers", "2", "--connections", "20", "--scenario", "idle")
-    ours, round_robin, none = measured(tmp_path / "idle.json", *arguments)
-    assert ours["outcomes"]["ok"] == none["outcomes"]["ok"] == 20
-    assert round_robin["per_worker"] == [10, 10]
-    assert sum(none["per_worker"]) == 20
-    assert round_robin["switches_per_connection"] is not None
-
-
-def test_a_peer_keeps_connections(tmp_path: Path) -> None:
-    arguments = ("--strategies", "shared", "--peer", "uvicorn", "--workers", "2", "--connections", "30", "--scenario", "long-lived")
-    ours, theirs = measured(tmp_path / "open.json", *arguments)
-    assert sum(theirs["open_per_worker"]) == theirs["connections"] == ours["connections"] == 30
-    assert theirs["outcomes"]["ok"] == theirs["opened"]
-
-
-def test_what_a_killed_worker_of_a_peer_takes_along(tmp_path: Path) -> None:
-    arguments = ("--strategies", "shared", "--peer", "gunicorn", "--workers", "2", "--connections", "24", "--service-ms", "100")
-    ours, theirs = measured(tmp_path / "kill.json", *arguments, "--scenario", "kill")
-    assert ours["lost_unaccepted"] == 0
-    assert theirs["kills"] == theirs["restarts"] >= 1
-    # It has one socket for all: what waits there is the next worker's.
-    assert theirs["lost_unaccepted"] == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--scenario", "rolling", "--peer", "node"), "node cannot replace its workers while it serves; nginx, .*granian can"),
-        (("--scenario", "kill", "--peer", "granian"), "granian starts no worker in place of one that was killed; nginx, .*gunicorn"),
-        (("--scenario", "long-lived", "--peer", "gunicorn"), "gunicorn's sync workers .* cannot keep connections alive"),
-        (("--scenario", "idle", "--peer", "apache"), "there is no peer 'apache'; there are nginx, .*node-none"),
-    ],
-)
-def test_what_a_peer_cannot_do_is_refused(arguments: tuple[str, ...], message: str) -> None:
-    if arguments[-1] == "node" and shutil.which("node") is None:
-        pytest.skip("node is not installed")
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(f"^fdpass-bench: .*{message}", done.stderr)
-    assert done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- scenarios

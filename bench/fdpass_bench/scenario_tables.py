@@ -70,7 +70,7 @@ def stall(runs: Sequence[Run]) -> Table:
 
 
 def rolling(runs: Sequence[Run]) -> Table:
-    title = f"rolling: all workers replaced by roll(), under {runs[0].plan.client_count} clients in a closed loop"
+    title = f"rolling: all workers replaced, under {runs[0].plan.client_count} clients in a closed loop"
 
     def cells(run: Run, found: dict[str, Any]) -> list[str]:
         took = found["roll_seconds"]
