@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 from fdpass_bench import cli, measure, report, sockdiag
-from fdpass_bench.balance import Plan, Run, Strategy
+from fdpass_bench.balance import Plan, Run
+from fdpass_bench.servers import Group
+from fdpass_bench.strategy import Strategy
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "fdpass_bench"]
 RUN_KEYS = {
@@ -189,7 +191,7 @@ def test_an_interrupt_shows_what_was_measured_and_leaves_nothing(tmp_path: Path,
 
 
 def finished(strategy: str, scenario: str, per_worker: list[int], lost: int = 0, reason: str | None = None) -> Run:
-    plan = Plan(Strategy.parse(strategy), scenario, len(per_worker), sum(per_worker) + lost, 30.0)
+    plan = Plan(Group(Strategy.parse(strategy)), scenario, len(per_worker), sum(per_worker) + lost, 30.0)
     outcomes = {"ok": sum(per_worker), "refused": 0, "reset": lost, "timeout": 0}
     return Run(plan, per_worker, outcomes, lost_unaccepted=lost, invalid_reason=reason)
 

@@ -19,6 +19,7 @@ import pytest
 from fdpass_bench import cli, loaded, loadgen, report
 from fdpass_bench.clients import Client, Clients
 from fdpass_bench.runs import Plan, Run
+from fdpass_bench.servers import Group
 from fdpass_bench.strategy import PROGRAMS, Strategy
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(sys.platform != "linux", reason="the load generator needs Linux")]
@@ -292,7 +293,7 @@ def test_a_load_that_is_enough_ends_and_the_generator_goes_on() -> None:
 
 
 def finished(strategy: str, scenario: str, **figures: Any) -> Run:
-    run = Run(Plan(Strategy.parse(strategy), scenario, 4, 0, 30.0), [25] * 4)
+    run = Run(Plan(Group(Strategy.parse(strategy)), scenario, 4, 0, 30.0), [25] * 4)
     run.outcomes["ok"] = 100
     run.figures = figures
     return run

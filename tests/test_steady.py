@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 from fdpass_bench import answer, answer_async, cli, figures, steady
-from fdpass_bench.balance import Strategy
+from fdpass_bench.servers import Group
+from fdpass_bench.strategy import Strategy
 
 import fdpass
 
@@ -329,7 +330,7 @@ def _burn(cpu: int) -> None:
 
 def test_a_starved_generator_is_caught() -> None:
     work = steady.Work(workers=1, connections=200, rate=500.0, service=0.002, repeats=1)
-    server = steady.Group(Strategy.parse("shared"))
+    server = Group(Strategy.parse("shared"))
     cpu = min(os.sched_getaffinity(0))
     burners = [multiprocessing.get_context("fork").Process(target=_burn, args=(cpu,), daemon=True) for _ in range(2)]
 
@@ -369,7 +370,7 @@ def trial_of(server: str, latency: Sequence[float | None], repeat: int = 0, **mo
 
 def found_of(**latencies: Sequence[float | None]) -> figures.Study:
     work = steady.Work(workers=1, connections=len(next(iter(latencies.values()))), rate=100.0, service=0.004, repeats=1)
-    servers = [steady.Group(Strategy.parse(name)) for name in latencies]
+    servers = [Group(Strategy.parse(name)) for name in latencies]
     return figures.study(work, servers, [trial_of(name, values) for name, values in latencies.items()], None)
 
 
@@ -397,7 +398,7 @@ def test_a_verdict_that_cannot_be_given_is_not_given() -> None:
 
 def test_what_was_not_achieved_is_not_valid() -> None:
     work = steady.Work(workers=1, connections=1000, rate=100.0, service=0.004, repeats=1)
-    server = steady.Group(Strategy.parse("shared"))
+    server = Group(Strategy.parse("shared"))
     for more, reason in (
         ({"achieved_per_s": 98.0}, "the server answered 98 of 100 connections per second"),
         ({"problem": "worker-1 (pid 7) was killed by SIGKILL"}, "worker-1 (pid 7) was killed by SIGKILL"),
@@ -422,19 +423,19 @@ def test_what_was_not_achieved_is_not_valid() -> None:
 def test_overload_has_no_steady_state() -> None:
     work = steady.Work(workers=1, connections=1000, rate=100.0, service=0.004, repeats=1)
     trial = trial_of("shared", [0.01] * 1000, occupied=[0.011] * 1000, other=[0.01] * 1000)
-    one = figures.study(work, [steady.Group(Strategy.parse("shared"))], [trial], None).figures[0]
+    one = figures.study(work, [Group(Strategy.parse("shared"))], [trial], None).figures[0]
     assert one.reasons == ["overload: the workers are asked for 110% of what they can do, so there is no steady state"]
 
 
 def test_a_calibration_that_failed_says_nothing_of_the_machine() -> None:
     work = steady.Work(workers=1, connections=1000, rate=100.0, service=0.004, repeats=1)
     broken = trial_of("null server", [0.001] * 900 + [None] * 100)
-    one = figures.study(work, [steady.Group(Strategy.parse("shared"))], [trial_of("shared", [0.01] * 1000)], broken).figures[0]
+    one = figures.study(work, [Group(Strategy.parse("shared"))], [trial_of("shared", [0.01] * 1000)], broken).figures[0]
     assert one.reasons[0].startswith("the calibration failed: 10.0% of the requests had no answer")
 
 
 def test_repeats_are_in_the_order_abba() -> None:
-    servers = [steady.Group(Strategy.parse(name)) for name in ("shared", "reuseport")]
+    servers = [Group(Strategy.parse(name)) for name in ("shared", "reuseport")]
     order = [server.name for repeat in range(4) for server in steady.order_of(servers, repeat)]
     assert order == ["shared", "reuseport", "reuseport", "shared", "shared", "reuseport", "reuseport", "shared"]
 
@@ -456,7 +457,7 @@ def test_repeats_are_in_the_order_abba() -> None:
         (["--connections", "1000000", "--requests-per-connection", "100"], "5000000"),
         (["--scenario", "all", "--service-ms", "0"], "--rate"),
         (["--target", "https://127.0.0.1:1", "--rate", "5"], "TLS"),
-        (["--peer", "apache"], "'apache'; there are nginx, nginx-reuseport, uvicorn"),
+        (["--peer", "apache"], "'apache'; there are nginx, nginx-reuseport, nginx-accept-mutex, uvicorn"),
         (["--think-ms", "5"], "--think-ms needs --requests-per-connection"),
         (["--clients", "5", "--arrivals", "uniform"], "--arrivals"),
         (["--scenario", "burst", "--connections", "20001"], "20000"),

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import fdpass
 from fdpass_bench import loaded, longlived, sharing
+from fdpass_bench.peers import PeerError
 from fdpass_bench.runs import Plan, Run, Unmeasurable
-from fdpass_bench.strategy import Strategy
 
-__all__ = ["Plan", "Run", "Strategy", "measure_run"]
+__all__ = ["Plan", "Run", "measure_run"]
 
 _PLAYS = {
     "idle": sharing.play,
@@ -23,13 +23,15 @@ _PLAYS = {
 
 
 def measure_run(plan: Plan, ended: Callable[[int], None]) -> Run:
-    """Starts a group, measures, stops it. `ended` is told now and then how far it is, of plan.steps."""
+    """Starts a server, measures, stops it. `ended` is told now and then how far it is, of plan.steps."""
     # Both ends' descriptors: the clients' here, an accepted one in each worker.
     fdpass.raise_fd_limit()
     run = Run(plan, [0] * plan.workers)
     try:
         _PLAYS[plan.scenario](plan, run, ended)
     except Unmeasurable as reason:
+        run.invalid_reason = str(reason)
+    except PeerError as reason:
         run.invalid_reason = str(reason)
     except (OSError, RuntimeError, ValueError, fdpass.FdPassError) as error:
         run.invalid_reason = f"{type(error).__name__}: {error}"

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from fdpass_bench import figures, report, steady
 from fdpass_bench.balance import Plan, Run, measure_run
-from fdpass_bench.steady import Server, Trial, Work
+from fdpass_bench.servers import Server
+from fdpass_bench.steady import Trial, Work
 
 
 class Progress(Protocol):
@@ -60,7 +61,7 @@ class Campaign:
 
     def measure(self, progress: Progress) -> None:
         for plan in self.plans:
-            self.runs.append(measure_run(plan, progress.follow(f"{plan.scenario}, {plan.strategy}")))
+            self.runs.append(measure_run(plan, progress.follow(f"{plan.scenario}, {plan.server.name}")))
             progress.over(report.line_of(self.runs[-1]))
         for loop in self.loops:
             asked = steady.null_load(loop.work)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fdpass_bench.peers import Target
     from fdpass_bench.price import Plan as PricePlan
     from fdpass_bench.runs import Plan
-    from fdpass_bench.steady import Server, Work
+    from fdpass_bench.servers import Group, PeerServer, Server, Wanted
+    from fdpass_bench.steady import Work
     from fdpass_bench.strategy import Strategy
 
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
@@ -168,9 +169,10 @@ def command(ctx: click.Context) -> int:
     if ctx.invoked_subcommand is not None:
         return 0
     from fdpass_bench.campaign import Campaign
+    from fdpass_bench.servers import Group
     from fdpass_bench.strategy import Strategy
 
-    return _measure(Campaign(_plans([Strategy.parse(text) for text in _DEMONSTRATION], scenarios.FIRST, 4, None, 10.0, None)), None)
+    return _measure(Campaign(_plans([Group(Strategy.parse(text)) for text in _DEMONSTRATION], scenarios.FIRST, 4, None, 10.0, None)), None)
 
 
 @command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
@@ -285,7 +287,7 @@ def command(ctx: click.Context) -> int:
     multiple=True,
     callback=_peers,
     shell_complete=screens.listed(_every_peer),
-    help="loops: start nginx, uvicorn, node ... and compare.",
+    help="Start nginx, uvicorn, node ... and compare.",
 )
 @click.pass_context
 def balance(
@@ -363,8 +365,15 @@ def balance(
     from fdpass_bench.campaign import Campaign, Steady
 
     service = None if service_ms is None else service_ms / 1000
-    more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "credits": credits, "seed": 1 if seed is None else seed}
-    plans = [plan for count in workers for plan in _plans(strategies, singles, count, connections, time_limit, service, **more)]
+    more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "seed": 1 if seed is None else seed}
+    # What others do is compared with what we would have them do.
+    ours = _contenders(strategies[:2] if peers and not given("strategies") else strategies, credits)
+    everything = scenario == "all"
+    plans = [
+        plan
+        for count in workers
+        for plan in _plans(ours, singles, count, connections, time_limit, service, (peers, everything), **more)
+    ]
     loops: list[Steady] = []
     asked = loop | {"clients": clients, "seed": seed, "repeats": repeats}
     for word in words:
@@ -374,8 +383,7 @@ def balance(
         loads, rates = ([*several] if several else [None] for several in (load, rate))
         for count, one_load, one_rate in itertools.product(workers, loads, rates):
             work = _work(word, count, connections, service, time_limit, bool(targets), load=one_load, rate=one_rate, **asked)
-            able = [name for name in peers if scenario != "all" or work.requests == 1 or _keeps(name, work)]
-            loops.append(Steady(work, _servers(work, mine, credits, able, targets)))
+            loops.append(Steady(work, _servers(work, mine, credits, targets, (peers, everything))))
     if words == ["matrix"]:
         if service_ms is not None or len(workers) > 1:
             what = "--service-ms has" if service_ms is not None else "several --workers have"
@@ -385,7 +393,7 @@ def balance(
         # The contestants in the paper's order, whatever else takes part.
         mine = list(dict.fromkeys([*_own("matrix", None, False), *(strategies if given("strategies") else [])]))
         cells = matrix.works(workers[0], connections, repeats or 2, 1 if seed is None else seed, time_limit or 10.0)
-        loops = [Steady(work, _servers(work, mine, credits, [], [])) for work in cells]
+        loops = [Steady(work, _servers(work, mine, credits)) for work in cells]
     if service_ms == 0 and "stall" in singles:
         raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
     if service_ms is not None and words == ["long-lived"]:
@@ -402,19 +410,6 @@ def _own(word: str, given: list[Strategy] | None, others_only: bool) -> list[Str
         return given
     own = scenarios.CATALOGUE[word].strategies
     return [] if others_only else [Strategy.parse(text) for text in (own.split(",") if own else _DEMONSTRATION[:2])]
-
-
-def _keeps(peer: str, work: Work) -> bool:
-    """Whether a peer can do the work of kept connections; says so on stderr where it cannot."""
-    from fdpass_bench.peers import PeerError
-    from fdpass_bench.steady import PeerServer
-
-    try:
-        PeerServer.find(peer, work)
-    except PeerError as error:
-        print(f"fdpass-bench: {work.scenario} without {peer}: {error}", file=sys.stderr)
-        return False
-    return True
 
 
 def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
@@ -618,20 +613,22 @@ def who(port: int) -> int:
 
 
 def _plans(
-    strategies: Sequence[Strategy],
+    ours: Sequence[Server],
     words: Sequence[str],
     workers: int,
     connections: int | None,
     time_limit: float | None,
     service: float | None,
+    peers: tuple[Sequence[str], bool] = ((), False),
     **more: Any,
 ) -> list[Plan]:
     from fdpass_bench.runs import Plan
 
     usual = {word: scenarios.CATALOGUE[word].connections for word in words}  # 0: what its rate or its clients make
-    return [
-        Plan(
-            strategy,
+
+    def plan_of(server: Server, word: str) -> Plan:
+        return Plan(
+            server,
             word,
             workers,
             usual[word] and (connections or usual[word]),
@@ -639,27 +636,58 @@ def _plans(
             service,
             **more,
         )
-        for word in words
-        for strategy in strategies
-    ]
+
+    plans = [[plan_of(server, word) for server in ours] for word in words]
+    for here, word in zip(plans, words, strict=True):
+        like = plan_of(ours[0], word)
+        wanted = like.wanted("hold" if word == "long-lived" else "timed")
+        here += [plan_of(peer, word) for peer in _peers_for(word, wanted, *peers)]
+    return [plan for here in plans for plan in here]
+
+
+def _contenders(strategies: Sequence[Strategy], credits: int | None) -> list[Group]:
+    from fdpass_bench.servers import Group
+
+    return [Group(strategy, credits) for strategy in strategies]
+
+
+def _peers_for(word: str, wanted: Wanted, names: Sequence[str], where_able: bool) -> list[PeerServer]:
+    """The peers of a scenario. One that cannot do it is the caller's mistake, unless it takes part `where_able`, which is said; one that is
+    not installed is not."""
+    if not names:
+        return []
+    from fdpass_bench.peers import PeerError, PeerUnable
+    from fdpass_bench.servers import PeerServer
+
+    found = []
+    for name in names:
+        try:
+            found.append(PeerServer.find(name, wanted, rolls=word == "rolling"))
+        except PeerUnable as error:
+            if not where_able:
+                raise click.UsageError(str(error)) from error
+            print(f"fdpass-bench: {word} without {name}: {error}", file=sys.stderr)
+        except PeerError as error:
+            raise click.ClickException(str(error)) from error
+    return found
 
 
 def _servers(
-    work: Work, strategies: Sequence[Strategy], credits: int | None, peers: Sequence[str], targets: Sequence[Target]
+    work: Work,
+    strategies: Sequence[Strategy],
+    credits: int | None,
+    targets: Sequence[Target] = (),
+    peers: tuple[Sequence[str], bool] = ((), False),
 ) -> list[Server]:
-    from fdpass_bench.peers import PeerError
-    from fdpass_bench.steady import Group, PeerServer, TargetServer
+    from fdpass_bench.servers import TargetServer
 
-    try:
-        found = [PeerServer.find(name, work) for name in peers]
-    except PeerError as error:
-        raise click.ClickException(str(error)) from error
+    found = _peers_for(work.scenario, work.wanted, *peers)
     for target in targets:
         try:
             work.load_of(TargetServer(target).serving, 0)
         except ValueError as error:
             raise click.UsageError(f"--target {target.text}: {error}") from error
-    return [*(Group(strategy, credits) for strategy in strategies), *found, *map(TargetServer, targets)]
+    return [*_contenders(strategies, credits), *found, *map(TargetServer, targets)]
 
 
 def _work(

@@ -31,10 +31,11 @@ class Client:
     timeout: given up at the time limit of the run, or by the kernel while connecting.
     """
 
-    __slots__ = ("connected", "data", "http", "outcome", "port", "sock", "unsent")
+    __slots__ = ("_place", "connected", "data", "http", "outcome", "port", "sock", "unsent")
 
-    def __init__(self, sock: socket.socket, request: bytes) -> None:
+    def __init__(self, sock: socket.socket, request: bytes, place: Callable[[int], int | None]) -> None:
         self.sock = sock
+        self._place = place
         self.http = bool(request)
         self.unsent = request
         self.port = 0
@@ -46,7 +47,7 @@ class Client:
     def index(self) -> int | None:
         if self.http:
             found = _SAID.match(self.data.partition(b"\r\n\r\n")[2])
-            return int(found[1]) if found else None
+            return self._place(int(found[1])) if found else None
         first, newline, _ = self.data.partition(b"\n")
         return int(first) if newline else None
 
@@ -64,7 +65,8 @@ class Clients:
     """Connections to one server. Context manager: closes those that are still open.
 
     http: each sends a request, which asks to be held for `service` seconds, and reads which worker answers. kept: connections stay open
-    once a worker has answered, until close(). answered: told each client that has heard of its worker.
+    once a worker has answered, until close(). answered: told each client that has heard of its worker. place: of the worker that calls
+    itself so in an HTTP answer, None where there is no such.
     """
 
     def __init__(
@@ -75,12 +77,13 @@ class Clients:
         service: float = 0.0,
         kept: bool = False,
         answered: Callable[[Client], None] = lambda client: None,
+        place: Callable[[int], int | None] = lambda said: said,
     ) -> None:
         self.address = address
         self.all: list[Client] = []
         self.under_way = 0
         self.unanswered = 0  # of those under way, these have not heard of a worker
-        self._kept, self._answered = kept, answered
+        self._kept, self._answered, self._place = kept, answered, place
         self._request = b""
         if http:
             way = "keep-alive" if kept else "close"
@@ -98,7 +101,7 @@ class Clients:
 
     def connect(self) -> Client:
         """Starts one connection. Raises OSError where this machine cannot make one (no descriptor, no port left)."""
-        client = Client(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK), self._request)
+        client = Client(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK), self._request, self._place)
         self.all.append(client)
         self.under_way += 1
         self.unanswered += 1

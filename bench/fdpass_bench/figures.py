@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from fdpass_bench import curves, estimate, theory
 from fdpass_bench.loadgen import OUTCOMES, Histogram
-from fdpass_bench.steady import Server, Trial, Work
+from fdpass_bench.servers import Server
+from fdpass_bench.steady import Trial, Work
 
 _LAG_SHARE = 0.10  # of the service time: the generator's own lateness must stay below it, at p99
 _LAG_FLOOR = 0.00025  # seconds: where the service time is not known, lag below this is the machine's timer and not lateness

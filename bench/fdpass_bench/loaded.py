@@ -1,4 +1,4 @@
-"""The scenarios `stall`, `rolling` and `scale-out`: a group under the load generator while something is done to it.
+"""The scenarios `stall`, `rolling` and `scale-out`: a server under the load generator while something is done to it.
 The load runs in a thread of its own; what is done, and how long it takes, is this thread's."""
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import fdpass
 from fdpass_bench import loadgen, measure
+from fdpass_bench.peers import PeerError
 from fdpass_bench.runs import Plan, Run, Unmeasurable, rounded
+from fdpass_bench.servers import Serving
 
 _SETTLE = 0.5  # seconds for what is left of the workers' start
 _LOOK = 0.02  # seconds between two looks at a load that is under way
@@ -73,11 +75,9 @@ class _Load:
         self._raise()
 
 
-def _load_of(plan: Plan, group: fdpass.WorkerGroup, connections: int, **more: Any) -> loadgen.Load:
-    host, _, port = str(group.endpoint).rpartition(":")
+def _load_of(plan: Plan, serving: Serving, connections: int, **more: Any) -> loadgen.Load:
     return loadgen.Load(
-        host,
-        int(port),
+        *serving.address,
         connections,
         service=plan.service_seconds,
         seed=plan.seed,
@@ -105,10 +105,10 @@ def stall(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
     rate = _STALL_LOAD * plan.workers / plan.service_seconds
     connections = round(rate * (_BEFORE + _FROZEN + _AFTER))
     began = time.monotonic()
-    with plan.group("timed", stop_timeout=2.0) as group, loadgen.Generator() as generator:
+    with plan.serve("timed") as serving, loadgen.Generator() as generator:
         time.sleep(_SETTLE)
-        pid = group.stats()[0].pid
-        with _Load(generator, _load_of(plan, group, connections, rate=rate, distribution="exponential")) as load:
+        pid = serving.pids()[0]
+        with _Load(generator, _load_of(plan, serving, connections, rate=rate, distribution="exponential")) as load:
             load.wait(time.monotonic() + _BEFORE)
             ended(30)
             frozen, thawed = _freeze(pid, load)
@@ -116,7 +116,7 @@ def stall(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
             load.wait(time.monotonic() + plan.time_limit)
     result = _took(load)
     run.seconds = time.monotonic() - began
-    run.take(result)
+    run.take(result, serving.workers)
     half = round(_DELAYED * 1e9)
     scheduled, over, begun = result.scheduled.tolist(), result.answered.tolist(), result.begun.tolist()
     delayed = sum(end - due > half for due, end, outcome in zip(scheduled, over, result.outcome, strict=True) if outcome >= 0)
@@ -183,18 +183,18 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
     began = time.monotonic()
     deadline = began + plan.time_limit
     trouble, used_up = None, False
-    with plan.group("timed", stop_timeout=10.0) as group, loadgen.Generator() as generator:
+    with plan.serve("timed", stop_timeout=10.0) as serving, loadgen.Generator() as generator:
         time.sleep(_SETTLE)
         connections = _room(plan, plan.workers, plan.time_limit + _ROLL_MOST)
-        with _Load(generator, _load_of(plan, group, connections, clients=plan.client_count)) as load:
+        with _Load(generator, _load_of(plan, serving, connections, clients=plan.client_count)) as load:
             while len(took) < plan.rolls and time.monotonic() < deadline:
                 load.wait(time.monotonic() + _ROLL_PAUSE)
                 if used_up := load.over:
                     break
                 try:
                     rolled_at.append(time.monotonic())
-                    took.append(_roll(group))
-                except (Unmeasurable, OSError, RuntimeError, fdpass.FdPassError) as error:
+                    took.append(_roll(serving))
+                except (Unmeasurable, OSError, RuntimeError, fdpass.FdPassError, PeerError) as error:
                     trouble = f"roll {len(took) + 1}: {error}"
                     break
                 ended(100 * len(took))
@@ -202,7 +202,7 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
             load.wait(time.monotonic() + _ROLLED)
     result = _took(load)
     run.seconds = time.monotonic() - began
-    run.take(result)
+    run.take(result, serving.workers)
     requests = sum(run.outcomes.values())
     run.figures |= {
         "clients": plan.client_count,
@@ -230,15 +230,16 @@ def rolling(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
         raise Unmeasurable("no request was answered")
 
 
-def _roll(group: fdpass.WorkerGroup) -> float:
+def _roll(serving: Serving) -> float:
     """Seconds that it took. Raises Unmeasurable where a worker is still the same process."""
-    before = [worker.pid for worker in group.stats()]
+    assert serving.roll is not None, "a server that cannot is refused before anything starts"
+    before = serving.pids()
     began = time.monotonic()
-    group.roll()
+    serving.roll()
     took = time.monotonic() - began
-    for worker, pid in zip(group.stats(), before, strict=True):
-        if worker.pid == pid:
-            raise Unmeasurable(f"worker {worker.index} is still process {pid}")
+    for place, pid in enumerate(serving.pids()):
+        if pid in before:
+            raise Unmeasurable(f"worker {place} is still process {pid}")
     return took
 
 
@@ -265,10 +266,10 @@ def scale_out(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
     found: list[dict[str, Any]] = []
     began = time.monotonic()
     for number, workers in enumerate(steps):
-        with plan.group("timed", workers, stop_timeout=2.0) as group, loadgen.Generator() as generator:
+        with plan.serve("timed", workers) as serving, loadgen.Generator() as generator:
             time.sleep(_SETTLE)
             connections = _room(plan, workers, _RISE + _WINDOW + 1.0)
-            with _Load(generator, _load_of(plan, group, connections, clients=plan.client_count)) as load:
+            with _Load(generator, _load_of(plan, serving, connections, clients=plan.client_count)) as load:
                 load.wait(time.monotonic() + _RISE)
                 first = time.monotonic_ns()
                 load.wait(first / 1e9 + _WINDOW)
@@ -288,7 +289,7 @@ def scale_out(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
         )
         ended(100 * (number + 1) // len(steps))
         run.seconds = time.monotonic() - began
-        run.take(result)
+        run.take(result, serving.workers)
         run.figures |= {"clients": plan.client_count, "steps": found}
         failed = sum(run.outcomes.values()) - run.outcomes["ok"]
         if failed or not rate:

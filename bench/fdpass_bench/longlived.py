@@ -21,11 +21,11 @@ _LATE = 0.5  # seconds behind the schedule, and the clients were not able to kee
 
 
 def play(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
-    """Starts a group, measures, stops it. Raises Unmeasurable."""
-    with plan.group("hold", stop_timeout=5.0) as group:
-        host, _, port = str(group.endpoint).rpartition(":")
+    """Starts a server, measures, stops it. Raises Unmeasurable."""
+    with plan.serve("hold", stop_timeout=5.0) as serving:
         churn = _Churn(plan, run, ended)
-        with Clients((host, int(port)), http=plan.strategy.speaks_http, kept=True, answered=churn.answered) as clients:
+        place = serving.workers.place
+        with Clients(serving.address, http=serving.http, kept=True, answered=churn.answered, place=place) as clients:
             time.sleep(_SETTLE)
             churn.play(clients)
 

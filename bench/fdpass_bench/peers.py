@@ -35,6 +35,8 @@ WORKS = ("sleep", "burn")
 _APPS = Path(__file__).parent / "peer_apps"
 _APPLICATION = "fdpass_bench.peer_apps.application"
 _START_LIMIT = 30.0  # seconds until every worker must serve
+_RELOAD_LIMIT = 30.0  # seconds until every worker must be another process, and
+_RELOAD_EACH = 5.0  # for each of them: granian waits 3.5 s after each by itself
 _STOP_LIMIT = 5.0  # seconds that a server has to end by itself; a second time for what was killed
 _LOOK_AGAIN = 0.02  # seconds between two looks at a server that starts
 _ANSWER_LIMIT = 2.0  # seconds for the first answer
@@ -45,6 +47,10 @@ _FOREIGN = re.compile("GUNICORN_|UVICORN_|GRANIAN_|NODE_|NGINX|LISTEN_|WEB_CONCU
 
 class PeerError(Exception):
     """A server is not installed, did not start, ended too early or cannot do what was asked; the message says what helps."""
+
+
+class PeerUnable(PeerError):
+    """A server cannot do what was asked, wherever it is installed."""
 
 
 # -------------------------------------------------------------------------------- how each is started
@@ -78,7 +84,7 @@ def _said_so(process: psutil.Process, folder: Path) -> bool:
     return (folder / str(process.pid)).exists()
 
 
-def _nginx(order: Order, reuseport: bool = False) -> Recipe:
+def _nginx(order: Order, reuseport: bool = False, accept_mutex: bool = False) -> Recipe:
     program = _program("nginx", "apt install nginx", folders=":/usr/sbin:/usr/local/sbin:/usr/local/nginx/sbin")
     built = subprocess.run([program, "-V"], capture_output=True, text=True, check=False, timeout=_START_LIMIT).stderr
     found = re.search(r"nginx/(\S+)", built)
@@ -94,6 +100,7 @@ def _nginx(order: Order, reuseport: bool = False) -> Recipe:
             load_module=f'load_module "{module}";' if module else "",
             user=f"user {user};" if user else "",
             workers=order.workers,
+            accept_mutex="on" if accept_mutex else "off",
             keepalive_timeout="3600s" if order.keep_alive else "0",
             temporary_paths=" ".join(f"{kind}_temp_path {kind};" for kind in ("client_body", *kinds)),
             perl=f'perl_modules "{_APPS}"; perl_require hold.pm;' if order.service else "",
@@ -105,7 +112,7 @@ def _nginx(order: Order, reuseport: bool = False) -> Recipe:
         (folder / "nginx.conf").write_text(text)
         return [program, "-p", f"{folder}/", "-c", "nginx.conf"]
 
-    # A worker takes this title when its event loop is set up.
+    # A worker takes this title when its event loop is set up, and another one when it is to end.
     return Recipe(version, command, lambda process, folder: process.cmdline()[:1] == ["nginx: worker process"])
 
 
@@ -140,7 +147,7 @@ def _uvicorn(order: Order) -> Recipe:
 def _gunicorn(order: Order, reuseport: bool = False) -> Recipe:
     version = _python_version("gunicorn")
     if order.keep_alive:
-        raise PeerError("gunicorn's sync workers close each connection after one answer: it cannot keep connections alive")
+        raise PeerUnable("gunicorn's sync workers close each connection after one answer: it cannot keep connections alive")
 
     def command(port: int, folder: Path) -> list[str]:
         # gunicorn reads this file by itself, and passes over names it does not know: older versions have no control socket.
@@ -169,14 +176,14 @@ def _granian(order: Order) -> Recipe:
     return Recipe(version, command, _said_so)
 
 
-def _node(order: Order) -> Recipe:
+def _node(order: Order, scheduling: str = "rr") -> Recipe:
     program = _program("node", "apt install nodejs")
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=_START_LIMIT).stdout
 
     def command(port: int, folder: Path) -> list[str]:
         connection = "keep-alive" if order.keep_alive else "close"
         numbers = map(str, (port, order.workers, order.backlog))
-        return [program, str(_APPS / "cluster.js"), *numbers, order.work, connection, str(folder)]
+        return [program, str(_APPS / "cluster.js"), *numbers, order.work, connection, str(folder), scheduling]
 
     return Recipe(said.strip().removeprefix("v"), command, _said_so)
 
@@ -200,12 +207,18 @@ def _python_version(name: str) -> str:
 PEERS: dict[str, Callable[[Order], Recipe]] = {
     "nginx": _nginx,
     "nginx-reuseport": functools.partial(_nginx, reuseport=True),
+    "nginx-accept-mutex": functools.partial(_nginx, accept_mutex=True),
     "uvicorn": _uvicorn,
     "gunicorn": _gunicorn,
     "gunicorn-reuseport": functools.partial(_gunicorn, reuseport=True),
     "granian": _granian,
     "node": _node,
+    "node-none": functools.partial(_node, scheduling="none"),
 }
+#: Those whose first process replaces all workers on SIGHUP, as each documents it; a cluster of Node does what its program does.
+RELOADING = tuple(name for name in PEERS if not name.startswith("node"))
+#: Those that start another worker for one that was killed. granian, as it is unless told, ends as a whole.
+RESTARTING = tuple(name for name in RELOADING if name != "granian")
 
 
 # -------------------------------------------------------------------------------- from start to end
@@ -279,6 +292,30 @@ class Peer:
                     if process.status() != psutil.STATUS_ZOMBIE and self._recipe.serves(process, self._folder):
                         found.append(process.pid)
         return sorted(found)
+
+    def reload(self) -> None:
+        """Lets a server of RELOADING replace its workers; returns when those of before have ended and as many others serve.
+
+        Raises PeerError where it does not in time, or ends.
+        """
+        with contextlib.ExitStack() as stack:
+            before = self.pids()
+            old: set[int] = set()
+            for pid in before:
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    old.add(stack.enter_context(_pidfd(pid)))
+            assert self._master is not None, "reload() is for a server that was started"
+            # Uncollected, so that the number is its own still.
+            os.kill(self._master.pid, signal.SIGHUP)
+            seconds = _RELOAD_LIMIT + _RELOAD_EACH * self.workers
+            limit = time.monotonic() + seconds
+            while old or len(set(self.pids()) - set(before)) < self.workers:
+                if time.monotonic() > limit:
+                    raise PeerError(
+                        f"{self.name} did not replace its workers within {seconds:g} s: {len(old)} of {len(before)} are still the same "
+                        f"processes{self._last_words()}"
+                    )
+                old -= _wait(old, _LOOK_AGAIN)
 
     def _start(self) -> None:
         fdpass.raise_fd_limit()

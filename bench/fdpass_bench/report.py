@@ -22,7 +22,7 @@ import fdpass
 from fdpass_bench import contenders, estimate, matrix, measure, price, sweep_tables
 from fdpass_bench.figures import Study
 from fdpass_bench.runs import Run
-from fdpass_bench.scenario_tables import TABLES, and_, outcomes_of, scenario_table, words_of
+from fdpass_bench.scenario_tables import TABLES, and_, named, outcomes_of, scenario_table, words_of
 from fdpass_bench.steady import Trial, Work
 from fdpass_bench.sweep_tables import columns, ms, plain_table
 
@@ -87,7 +87,7 @@ class ProgressBar:
 
 
 def line_of(run: Run) -> str:
-    line = f"{run.plan.scenario}, {run.plan.strategy}: {outcomes_of(run)}"
+    line = f"{run.plan.scenario}, {run.plan.server.name}: {outcomes_of(run)}"
     return line if run.valid else f"{line}; not valid: {run.invalid_reason}"
 
 
@@ -110,7 +110,7 @@ def show(runs: Sequence[Run], studies: Sequence[Study], stream: IO[str]) -> None
         )
     for run in runs:
         if not run.valid:
-            out.print(f"{run.plan.scenario}, {run.plan.strategy}: not valid: {run.invalid_reason}.")
+            out.print(f"{run.plan.scenario}, {run.plan.server.name}: not valid: {run.invalid_reason}.")
     if runs or not studies:
         out.print(verdict(runs))
     shown = bool(runs)
@@ -139,7 +139,7 @@ def _table(scenario: str, runs: Sequence[Run]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
-            str(run.plan.strategy),
+            named(run),
             _shares(run.per_worker),
             _figure(run.max_over_mean),
             _figure(run.switches_per_connection),
@@ -329,7 +329,7 @@ def verdict(runs: Sequence[Run]) -> str:
 
 
 def _evenness(runs: Sequence[Run]) -> str:
-    figures = [(str(run.plan.strategy), _figure(run.max_over_mean)) for run in runs]
+    figures = [(run.plan.server.name, _figure(run.max_over_mean)) for run in runs]
     best = min((figure for _, figure in figures), key=float)
     winners = [name for name, figure in figures if figure == best]
     others = sorted({figure for _, figure in figures if figure != best}, key=float)
@@ -338,8 +338,8 @@ def _evenness(runs: Sequence[Run]) -> str:
 
 
 def _losses(runs: Sequence[Run]) -> str:
-    kept = [str(run.plan.strategy) for run in runs if not run.lost_unaccepted]
-    lost = [f"{run.plan.strategy} {run.lost_unaccepted} of {sum(run.outcomes.values())}" for run in runs if run.lost_unaccepted]
+    kept = [run.plan.server.name for run in runs if not run.lost_unaccepted]
+    lost = [f"{run.plan.server.name} {run.lost_unaccepted} of {sum(run.outcomes.values())}" for run in runs if run.lost_unaccepted]
     of_what = "that no worker had accepted"
     if not lost:
         return f"when workers were killed, {and_(kept)} lost no connection {of_what}"

@@ -3,15 +3,16 @@ A run that could not be measured properly says so; it is never repaired, repeate
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import fdpass
 from fdpass_bench import curves, loadgen
 from fdpass_bench.clients import OUTCOMES
 from fdpass_bench.scenarios import CATALOGUE
-from fdpass_bench.strategy import Manner, Strategy
+from fdpass_bench.servers import Server, Serving, Wanted, Workers
+from fdpass_bench.strategy import Manner
 
 _STUCK = 1_000_000_000  # nanoseconds
 _KILL_DRAIN = 2.5  # seconds that the queue of `kill` lasts when nobody dies: four kills and a little
@@ -19,7 +20,7 @@ _KILL_DRAIN = 2.5  # seconds that the queue of `kill` lasts when nobody dies: fo
 
 @dataclass(frozen=True)
 class Plan:
-    strategy: Strategy
+    server: Server
     scenario: str
     workers: int
     connections: int  # in each burst; long-lived: open at a time
@@ -28,7 +29,6 @@ class Plan:
     bursts: int = 1
     rolls: int = 5
     clients: int | None = None  # of the closed loop; None: the scenario's own
-    credits: int | None = None  # of dispatch
     seed: int = 1
 
     @property
@@ -50,18 +50,21 @@ class Plan:
         """What a run's progress is counted against."""
         return {"burst": self.connections * self.bursts, "rolling": 100 * self.rolls}.get(self.scenario, self.connections or 100)
 
-    def group(self, manner: Manner, workers: int | None = None, **options: Any) -> fdpass.WorkerGroup:
-        """A group of this plan, not started, on a port of its own."""
-        return self.strategy.group(
-            manner,
-            "127.0.0.1:0",
+    def wanted(self, manner: Manner, workers: int | None = None, stop_timeout: float = 2.0) -> Wanted:
+        """What this plan's scenario wants of a server."""
+        return Wanted(
             workers or self.workers,
-            service=self.service_seconds,
-            credits=self.credits,
-            name="bench",
+            manner,
+            self.service_seconds,
+            keep_alive=manner == "hold",
             backlog=max(4096, self.connections),
-            **options,
+            restarts=self.scenario == "kill",
+            stop_timeout=stop_timeout,
         )
+
+    def serve(self, manner: Manner, workers: int | None = None, stop_timeout: float = 2.0) -> AbstractContextManager[Serving]:
+        """The plan's server, on a port of its own."""
+        return self.server.serve(self.wanted(manner, workers, stop_timeout))
 
 
 @dataclass
@@ -101,8 +104,8 @@ class Run:
         """The largest share over the mean; of several bursts the median of each one's."""
         return median(self.max_over_means) if len(self.max_over_means) > 1 else max_over_mean(self.per_worker)
 
-    def take(self, result: loadgen.Result) -> None:
-        """Counts what a generator saw, in place of what was counted before.
+    def take(self, result: loadgen.Result, workers: Workers) -> None:
+        """Counts what a generator saw of these workers, in place of what was counted before.
 
         A reset before one byte of an answer counts as that of a connection that nobody had accepted. Of a run that was cut off,
         connections that had been under way for a second count as timed out, the others not at all.
@@ -114,9 +117,9 @@ class Run:
                 found[loadgen.OUTCOMES[outcome]] += 1
             elif begun and result.ended - begun > _STUCK:
                 found["timeout"] += 1
-            if outcome == 0 and 0 <= worker < len(self.per_worker):
-                self.per_worker[worker] += 1
-        self.figures["series"] = [{"repeat": 1, **curves.series(_taken_at(result), len(self.per_worker))}]
+            if outcome == 0 and (place := _place(workers, worker, len(self.per_worker))) is not None:
+                self.per_worker[place] += 1
+        self.figures["series"] = [{"repeat": 1, **curves.series(_taken_at(result, workers, len(self.per_worker)), len(self.per_worker))}]
         before, after = found.pop("reset_before_accept"), found.pop("reset_after_accept")
         self.outcomes = {"ok": found.pop("ok"), "refused": found.pop("refused"), "reset": before + after, **found}
         self.figures["resets"] = {"before_accept": before, "after_accept": after}
@@ -125,11 +128,13 @@ class Run:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "strategy": str(self.plan.strategy),
+            "strategy": self.plan.server.name,
+            "server": self.plan.server.kind,
+            "version": self.plan.server.version,
             "scenario": self.plan.scenario,
             "workers": self.plan.workers,
             "connections": self.plan.connections or sum(self.outcomes.values()),
-            "credits": self.plan.credits or (1 if self.plan.strategy.name == "dispatch" else None),
+            "credits": self.plan.server.credits,
             "per_worker": self.per_worker,
             "max_over_mean": rounded(self.max_over_mean),
             "switches_per_connection": rounded(self.switches_per_connection),
@@ -151,12 +156,18 @@ class Run:
         }
 
 
-def _taken_at(result: loadgen.Result) -> dict[int, list[float]]:
+def _place(workers: Workers, said: int, count: int) -> int | None:
+    """A server with more workers than it was asked for has no place for what these did."""
+    place = workers.place(said)
+    return place if place is not None and 0 <= place < count else None
+
+
+def _taken_at(result: loadgen.Result, workers: Workers, count: int) -> dict[int, list[float]]:
     """By worker, when it took each request that was answered: seconds since the generator began."""
     found: dict[int, list[float]] = {}
     for outcome, worker, accepted, answered in zip(result.outcome, result.worker, result.accepted, result.answered, strict=True):
-        if outcome == 0 and worker >= 0:
-            found.setdefault(worker, []).append(((accepted or answered) - result.began) / 1e9)
+        if outcome == 0 and (place := _place(workers, worker, count)) is not None:
+            found.setdefault(place, []).append(((accepted or answered) - result.began) / 1e9)
     return found
 
 

@@ -11,18 +11,27 @@ from rich.table import Table
 
 from fdpass_bench.runs import Run
 
+_NAME_WIDTH = 16
+
 
 def outcomes_of(run: Run) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in run.outcomes.items() if count or name == "ok")
 
 
 def scenario_table(title: str) -> Table:
-    """Empty, with the strategy's column."""
+    """Empty, with the server's column."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     table.padding = (0, 1, 0, 0)
     table.pad_edge = False
-    table.add_column("strategy", overflow="fold")
+    table.add_column("server", overflow="fold")
     return table
+
+
+def named(run: Run) -> str:
+    """The server's name, broken at a hyphen where it would make the table too wide."""
+    name = run.plan.server.name
+    at = name.rfind("-", 0, _NAME_WIDTH) + 1
+    return name if len(name) <= _NAME_WIDTH or not at else f"{name[:at]}\n{name[at:]}"
 
 
 def _figure(number: float | None, places: int = 1) -> str:
@@ -41,7 +50,7 @@ def _filled(title: str, names: Sequence[str], runs: Sequence[Run], cells: Callab
     for run in runs:
         found = cells(run, run.figures) if run.figures else ["-"] * len(names)
         table.add_row(
-            str(run.plan.strategy),
+            named(run),
             *found,
             outcomes_of(run) + ("" if run.valid else " (not valid)"),
             style="" if run.valid else "dim",
@@ -61,7 +70,7 @@ def stall(runs: Sequence[Run]) -> Table:
 
 
 def rolling(runs: Sequence[Run]) -> Table:
-    title = f"rolling: all workers replaced by roll(), under {runs[0].plan.client_count} clients in a closed loop"
+    title = f"rolling: all workers replaced, under {runs[0].plan.client_count} clients in a closed loop"
 
     def cells(run: Run, found: dict[str, Any]) -> list[str]:
         took = found["roll_seconds"]
@@ -91,7 +100,7 @@ def scale_out(runs: Sequence[Run]) -> Table:
         table.add_column(f"{count}\nworker{'s' if count > 1 else ''}", justify="right", no_wrap=True)
     for run in runs:
         cells = [f"{step['connections_per_s']:.0f} {_percent(step['share_of_linear'])}" for step in run.figures.get("steps", ())]
-        table.add_row(str(run.plan.strategy) + ("" if run.valid else " (not valid)"), *cells, style="" if run.valid else "dim")
+        table.add_row(named(run) + ("" if run.valid else " (not valid)"), *cells, style="" if run.valid else "dim")
     return table
 
 
@@ -115,23 +124,23 @@ def words_of(scenario: str, runs: Sequence[Run]) -> str:
 
 
 def _stalled(runs: Sequence[Run]) -> str:
-    each = [f"{run.plan.strategy} {run.figures['delayed']} of {run.figures['arrived_while_frozen']}" for run in runs]
+    each = [f"{run.plan.server.name} {run.figures['delayed']} of {run.figures['arrived_while_frozen']}" for run in runs]
     return f"a frozen worker delayed over half a second: {', '.join(each)} (split queues {1 / runs[0].plan.workers:.0%})"
 
 
 def _rolled(runs: Sequence[Run]) -> str:
     # Its sockets die with their workers, and it says so: what it loses is no fault of the roll.
-    bare = [run for run in runs if run.plan.strategy.name == "reuseport-bare"]
+    bare = [run for run in runs if run.plan.server.loses_queues]
     parts = [f"in rolls {_lost([run for run in runs if run not in bare])}"] if len(bare) < len(runs) else []
     parts += [
-        f"{'in rolls ' if not parts else ''}{run.plan.strategy}, whose queues die with their workers, lost {_of(run)}" for run in bare
+        f"{'in rolls ' if not parts else ''}{run.plan.server.name}, whose queues die with their workers, lost {_of(run)}" for run in bare
     ]
     return "; ".join(parts)
 
 
 def _lost(runs: Sequence[Run]) -> str:
-    kept = [str(run.plan.strategy) for run in runs if not run.figures["failed"]]
-    lost = [f"{run.plan.strategy} {_of(run)}" for run in runs if run.figures["failed"]]
+    kept = [run.plan.server.name for run in runs if not run.figures["failed"]]
+    lost = [f"{run.plan.server.name} {_of(run)}" for run in runs if run.figures["failed"]]
     parts = [f"{and_(kept)} failed no request"] if kept else []
     return ", ".join([*parts, *([f"failed were of {and_(lost)}"] if lost else [])])
 
@@ -141,12 +150,12 @@ def _of(run: Run) -> str:
 
 
 def _lay(runs: Sequence[Run]) -> str:
-    each = [f"{run.plan.strategy} {_figure(run.figures['open_stdev'])}" for run in runs]
+    each = [f"{run.plan.server.name} {_figure(run.figures['open_stdev'])}" for run in runs]
     return f"open connections deviated by {', '.join(each)} (a random hash {_figure(runs[0].figures['open_stdev_random'])})"
 
 
 def _scaled(runs: Sequence[Run]) -> str:
-    each = [f"{run.plan.strategy} {_percent(run.figures['steps'][-1]['share_of_linear'])}" for run in runs]
+    each = [f"{run.plan.server.name} {_percent(run.figures['steps'][-1]['share_of_linear'])}" for run in runs]
     return f"{runs[0].plan.workers} workers reached of {runs[0].plan.workers} times one: {', '.join(each)}"
 
 

@@ -41,6 +41,7 @@ _ALL = (
         "Connections come one at a time, each after the former has ended, while all workers wait. Shows whom the kernel wakes "
         "when it has the choice: connections per worker, largest over mean, context switches per connection. shared takes turns "
         "and is even; shared:first wakes the same worker again and again; split queues (reuseport) are as uneven as their hash.",
+        options=("peers",),
         connections=60,
     ),
     Scenario(
@@ -49,7 +50,7 @@ _ALL = (
         "Many connections at once, each held for a moment; --bursts of them, one after the other. Shows how a queue is emptied: "
         "connections per worker, largest over mean, context switches. From one queue whoever is free takes the next; with split "
         "queues the longest one decides when the last client has its answer.",
-        options=("bursts",),
+        options=("bursts", "peers"),
         connections=400,
         service=0.001,
     ),
@@ -59,6 +60,7 @@ _ALL = (
         "Connections wait in the queue while a worker is killed every half second and restarted. Shows what dies with a worker: "
         "connections lost that it had accepted, and lost that nobody had. One queue outlives its workers and loses only the "
         "former; a socket that one worker holds alone (reuseport-bare) takes its queue along.",
+        options=("peers",),
         connections=200,
     ),
     Scenario(
@@ -67,7 +69,7 @@ _ALL = (
         "An open loop at half load, in which one worker is frozen for a second. Shows who waits for it: connections that took "
         "over half a second, as a share of those that came meanwhile. With split queues 1/k of them, as the hash goes on "
         "sending; from one queue hardly any, as the others take them.",
-        options=("seed",),
+        options=("seed", "peers"),
         service=0.004,
     ),
     Scenario(
@@ -76,7 +78,7 @@ _ALL = (
         "All workers are replaced by group.roll(), --rolls times, while --clients work in a closed loop. Shows what a "
         "deployment costs: requests that failed and how, seconds for each roll. With one queue, and with queues that outlive "
         "their workers, none fails; with reuseport-bare what waits at a worker dies with it.",
-        options=("rolls", "clients", "seed"),
+        options=("rolls", "clients", "seed", "peers"),
         service=0.002,
     ),
     Scenario(
@@ -85,7 +87,7 @@ _ALL = (
         "So many connections stay open; for four seconds one at random is closed and another opened. Shows who holds how many: "
         "standard deviation and range of the open connections per worker, beside those of a random hash. least-loaded stays "
         "within a few; one queue without it, and split queues, drift as far as chance does.",
-        options=("seed",),
+        options=("seed", "peers"),
         connections=1000,
     ),
     Scenario(
@@ -94,7 +96,7 @@ _ALL = (
         "A closed loop that keeps everybody busy, on 1, 2, 4 ... workers. Shows whether more workers do more: connections per "
         "second, and as a share of k times those of one. One queue comes near to it; split queues as well, as long as there are "
         "many more clients than workers.",
-        options=("clients", "seed"),
+        options=("clients", "seed", "peers"),
         service=0.002,
     ),
     Scenario(

@@ -8,10 +8,10 @@ import signal
 import time
 from collections.abc import Callable
 
-import fdpass
 from fdpass_bench import curves, measure, sockdiag
 from fdpass_bench.clients import Client, Clients
 from fdpass_bench.runs import Plan, Run, Unmeasurable, max_over_mean, rounded
+from fdpass_bench.servers import Serving
 
 _GAP = 0.004  # seconds between two spaced connections: a worker is back in its wait long before
 _SETTLE = 0.1  # seconds for what is left of the workers' start; an event loop says that it is ready before it is set up
@@ -19,27 +19,23 @@ _SETTLE_LOOP = 0.5
 _IDLE_WINDOW = {"idle": 0.5, "burst": 0.5, "kill": 1.0}  # seconds in which nothing happens, to know what idle workers cost
 _TICK = 0.1  # seconds: uvicorn wakes as often by itself, so what it costs is told best over many, and whole ones
 _TICKING_WINDOW = 2.0
+_LESS_THAN_NOTHING = -0.1  # switches per connection: below, what idle workers cost was not known
 _KILL_EVERY = 0.5  # seconds
 _SUCCESSOR_LIMIT = 15.0  # seconds until a killed worker's successor must be ready
 
 
 def play(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
-    """Starts a group, measures, stops it. Raises Unmeasurable."""
-    with plan.group(
-        "greet",
-        restart="on-failure" if plan.scenario == "kill" else "never",
-        stop_timeout=2.0,  # a worker may be holding a connection that nobody waits for any more
-    ) as group:
-        host, _, port = str(group.endpoint).rpartition(":")
+    """Starts a server, measures, stops it. Raises Unmeasurable."""
+    with plan.serve("greet") as serving:
         taken_at: dict[int, list[float]] = {}
 
         def answered(client: Client) -> None:
             if client.index is not None:
                 taken_at.setdefault(client.index, []).append(time.monotonic())
 
-        http, service = plan.strategy.speaks_http, plan.service_seconds
-        with Clients((host, int(port)), http=http, service=service, answered=answered) as clients:
-            scene = _Scene(plan, run, group, clients, ended)
+        service, place = plan.service_seconds, serving.workers.place
+        with Clients(serving.address, http=serving.http, service=service, answered=answered, place=place) as clients:
+            scene = _Scene(plan, run, serving, clients, ended)
             try:
                 scene.play()
             finally:
@@ -51,16 +47,16 @@ def play(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:
 class _Scene:
     """One run under way."""
 
-    def __init__(self, plan: Plan, run: Run, group: fdpass.WorkerGroup, clients: Clients, ended: Callable[[int], None]) -> None:
+    def __init__(self, plan: Plan, run: Run, serving: Serving, clients: Clients, ended: Callable[[int], None]) -> None:
         self.plan = plan
         self.run = run
-        self.group = group
+        self.serving = serving
         self.clients = clients
         self.ended = ended
         self.began = time.monotonic()
         self.accepted_by_victims: set[int] = set()  # the clients' ports
-        self.switches = measure.Switches(worker.pid for worker in group.stats())
-        self.ticks = plan.strategy.program == "uvicorn"
+        self.switches = measure.Switches(serving.pids())
+        self.ticks = serving.ticks
 
     def play(self) -> None:
         idle_rate = self._idle_rate()
@@ -83,13 +79,15 @@ class _Scene:
         accepted = sum(self.run.per_worker)
         if accepted:
             held = accepted if self.plan.service_seconds > 0 else 0
-            self.run.switches_per_connection = (switches - idle_rate * self.run.seconds - held) / accepted
+            per_connection = (switches - idle_rate * self.run.seconds - held) / accepted
+            # Where dead workers' ticks are missing, all of them did less than idle ones were said to.
+            self.run.switches_per_connection = per_connection if per_connection > _LESS_THAN_NOTHING else None
         if self.run.outcomes["timeout"]:
             late = self.run.outcomes["timeout"]
             raise Unmeasurable(f"the time limit of {self.plan.time_limit:g} s was hit with {late} connections under way")
 
     def _idle_rate(self) -> float:
-        time.sleep(_SETTLE if self.plan.strategy.program == "listener" else _SETTLE_LOOP)
+        time.sleep(_SETTLE_LOOP if self.serving.loops else _SETTLE)
         before = self.switches.total()
         began = time.monotonic()
         time.sleep(_TICKING_WINDOW if self.ticks else _IDLE_WINDOW[self.plan.scenario])
@@ -158,10 +156,9 @@ class _Scene:
             raise Unmeasurable("not all connections were made before the first kill was due")
         while self.clients.under_way and time.monotonic() < self.deadline:
             victim = len(self.run.queued_at_kills) % self.plan.workers
-            restarts = self.group.stats()[victim].restarts
-            self._kill_worker(victim)
+            killed = self._kill_worker(victim)
             next_kill += _KILL_EVERY
-            self._await_successor(victim, restarts)
+            self._await_successor(victim, killed)
             next_kill = max(next_kill, time.monotonic())
             self._pump(min(next_kill, self.deadline))
         if not self.run.queued_at_kills:
@@ -171,8 +168,9 @@ class _Scene:
             if client.outcome not in (None, "ok") and client.index is not None and client.port not in self.accepted_by_victims:
                 raise Unmeasurable(f"a lost connection had been greeted by worker {client.index}, yet no killed worker had held it")
 
-    def _kill_worker(self, index: int) -> None:
-        pid = self.group.stats()[index].pid
+    def _kill_worker(self, index: int) -> int:
+        """The pid of the worker that was killed."""
+        pid = self.serving.pids()[index]
         try:
             # Stopped, the victim can accept nothing more: what it holds now is exactly what dies with it.
             measure.stop(pid)
@@ -188,10 +186,11 @@ class _Scene:
             _kill(pid)
         self._event("kill", index)
         self.accepted_by_victims |= {port for port, inode in ends.items() if inode in held}
-        dispatched = self.plan.strategy.name == "dispatch"
+        dispatched = self.serving.dispatched
         # What a dispatcher has sent and no worker has received has an inode, and is nobody's yet.
         self.run.queued_at_kills.append(sum(inode == 0 or (dispatched and inode not in owned) for inode in ends.values()))
         self.run.victims_queues.append(queue)
+        return pid
 
     def _event(self, what: str, worker: int) -> None:
         event = {"repeat": 1, "at_seconds": rounded(time.monotonic() - self.began), "what": what, "worker": worker}
@@ -200,18 +199,18 @@ class _Scene:
     def _held_by_workers(self) -> set[int]:
         """The sockets of all workers, where a connection may be in nobody's hands although it was accepted."""
         held: set[int] = set()
-        if self.plan.strategy.name == "dispatch":
-            for worker in self.group.stats():
+        if self.serving.dispatched:
+            for pid in self.serving.pids():
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    held |= measure.socket_inodes(worker.pid)
+                    held |= measure.socket_inodes(pid)
         return held
 
-    def _await_successor(self, index: int, restarts: int) -> None:
+    def _await_successor(self, index: int, killed: int) -> None:
         """Returns when the worker that took the place of the killed one is ready; follows the connections meanwhile."""
         deadline = time.monotonic() + _SUCCESSOR_LIMIT
         while True:
-            worker = self.group.stats()[index]
-            if worker.restarts > restarts and worker.state == "ready":
+            successor = self._successor(index, killed)
+            if successor is not None:
                 break
             if time.monotonic() > deadline:
                 raise Unmeasurable(f"worker {index} had no successor {_SUCCESSOR_LIMIT:g} s after it was killed")
@@ -220,7 +219,15 @@ class _Scene:
                 time.sleep(0.005)
         self.run.restarts += 1
         self._event("restart", index)
-        self.switches.see(worker.pid)
+        self.switches.see(successor)
+
+    def _successor(self, index: int, killed: int) -> int | None:
+        """The pid of the worker that is ready in the place of the killed one, None while there is none."""
+        if self.serving.group is not None:
+            worker = self.serving.group.stats()[index]
+            return worker.pid if worker.pid != killed and worker.state == "ready" else None
+        pids = self.serving.pids()
+        return pids[index] if len(pids) >= self.plan.workers and killed not in pids else None
 
 
 def _queue(port: int, held: set[int]) -> int | None:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import fdpass
 from fdpass_bench import loadgen, measure, peers
-from fdpass_bench.strategy import Strategy
+from fdpass_bench.servers import Server, Serving, Wanted
 
 _SETTLE = 0.1  # seconds for what is left of the workers' start
 _IDLE_WINDOW = 0.25  # seconds in which nothing happens, to know what idle workers cost
@@ -58,6 +57,10 @@ class Work:
         """ "steady", "matrix many-cheap heavy"."""
         return " ".join(filter(None, (self.scenario, self.case, self.level)))
 
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.workers, service=self.service, work=self.work, keep_alive=self.requests > 1)
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"load": self.load}
 
@@ -80,111 +83,6 @@ class Work:
             protocol=server.protocol,
             path=server.path,
         )
-
-
-@dataclass(frozen=True)
-class Serving:
-    """A server that answers now. `pids`: its worker processes, empty where they are somebody else's."""
-
-    host: str
-    port: int
-    pids: Callable[[], Sequence[int]] = tuple
-    protocol: str = "http"
-    path: str = "/"
-
-
-class Server(Protocol):
-    """What takes part: its name in the table, who runs it (fdpass, peer, target) and what version, how it queues as far as theory knows."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def version(self) -> str | None: ...
-    @property
-    def discipline(self) -> str | None: ...
-    def serve(self, work: Work) -> AbstractContextManager[Serving]: ...
-
-
-@dataclass(frozen=True)
-class Group:
-    """Our own workers under one strategy."""
-
-    strategy: Strategy
-    credits: int | None = None  # of dispatch
-    kind = "fdpass"
-    version = fdpass.__version__
-
-    @property
-    def name(self) -> str:
-        return str(self.strategy)
-
-    @property
-    def discipline(self) -> str | None:
-        return self.strategy.discipline(self.credits)
-
-    @contextmanager
-    def serve(self, work: Work) -> Iterator[Serving]:
-        with self.strategy.group(
-            "timed",
-            "127.0.0.1:0",
-            work.workers,
-            work=work.work,
-            keep_alive=work.requests > 1,
-            credits=self.credits,
-            name="bench",
-            stop_timeout=2.0,  # a worker may be holding a connection that nobody waits for any more
-        ) as group:
-            host, _, port = str(group.endpoint).rpartition(":")
-            yield Serving(host, int(port), lambda: [worker.pid for worker in group.stats()])
-
-
-@dataclass(frozen=True)
-class PeerServer:
-    """Another project's server, started here."""
-
-    name: str
-    version: str
-    kind = "peer"
-    discipline = None
-
-    @classmethod
-    def find(cls, name: str, work: Work) -> PeerServer:
-        """Raises peers.PeerError where it is not installed, or cannot do this work."""
-        return cls(name, cls._peer(name, work).version)
-
-    @staticmethod
-    def _peer(name: str, work: Work) -> peers.Peer:
-        return peers.Peer(name, work.workers, work.service > 0, work.work, work.requests > 1)
-
-    @contextmanager
-    def serve(self, work: Work) -> Iterator[Serving]:
-        with self._peer(self.name, work) as peer:
-            host, port = peer.address
-            yield Serving(host, port, peer.pids)
-
-
-@dataclass(frozen=True)
-class TargetServer:
-    """A server that somebody else runs."""
-
-    target: peers.Target
-    kind = "target"
-    version = None
-    discipline = None
-
-    @property
-    def name(self) -> str:
-        return self.target.text
-
-    @property
-    def serving(self) -> Serving:
-        return Serving(self.target.host, self.target.port, protocol=self.target.protocol, path=self.target.path)
-
-    @contextmanager
-    def serve(self, work: Work) -> Iterator[Serving]:
-        yield self.serving
 
 
 @dataclass
@@ -225,7 +123,10 @@ class Trial:
     problem: str | None = None  # why it was not measured at all
 
 
-def null_load(work: Work, serving: Serving = Serving("127.0.0.1", 1)) -> loadgen.Load:
+_ANYWHERE = Serving("127.0.0.1", 1)  # for a load that is compared, not sent
+
+
+def null_load(work: Work, serving: Serving = _ANYWHERE) -> loadgen.Load:
     """What the null server gets in place of this work: its arrivals, at 100 a second or more, for a second."""
     load = work.load_of(serving, 0)
     rate = None if load.rate is None else max(100.0, load.rate)
@@ -249,7 +150,7 @@ def measure_trial(server: Server, work: Work, repeat: int, ended: Callable[[int]
     trial = Trial(server.name, repeat)
     try:
         # A generator of its own for each: none inherits the trouble of another.
-        with server.serve(work) as serving, loadgen.Generator() as generator:
+        with server.serve(work.wanted) as serving, loadgen.Generator() as generator:
             _load(trial, generator, serving, work, repeat, ended, believed=server.kind != "target")
     except (OSError, RuntimeError, ValueError, peers.PeerError, fdpass.FdPassError) as error:
         trial.problem = str(error)
@@ -265,7 +166,7 @@ def _load(
     ended: Callable[[int], None],
     believed: bool,
 ) -> None:
-    pids = list(serving.pids())
+    pids = serving.pids()
     idle_rate = 0.0
     if pids:
         time.sleep(_SETTLE)

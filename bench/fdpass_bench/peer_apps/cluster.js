@@ -1,5 +1,6 @@
 // The program that Node runs: a cluster whose workers hold each HTTP request as long as its header says.
-// Arguments: port, workers, backlog, sleep|burn, keep-alive|close, and the folder in which a worker that serves leaves its pid.
+// Arguments: port, workers, backlog, sleep|burn, keep-alive|close, the folder in which a worker that serves leaves its pid, and rr (the
+// primary accepts and hands round) or none (the workers accept, as the kernel lets them).
 "use strict";
 
 const cluster = require("cluster");
@@ -7,7 +8,7 @@ const fs = require("fs");
 const http = require("http");
 const path = require("path");
 
-const [port, workers, backlog, work, connection, ready] = process.argv.slice(2);
+const [port, workers, backlog, work, connection, ready, scheduling] = process.argv.slice(2);
 const processorTime = process.threadCpuUsage ?? process.cpuUsage; // the former since Node 23.9
 const never = new Int32Array(new SharedArrayBuffer(4));
 
@@ -27,6 +28,7 @@ function hold(began, service) {
 }
 
 if (cluster.isPrimary) {
+    cluster.schedulingPolicy = scheduling === "none" ? cluster.SCHED_NONE : cluster.SCHED_RR;
     for (let i = 0; i < Number(workers); i++) cluster.fork();
 } else {
     const server = http.createServer((request, response) => {
