@@ -359,9 +359,9 @@ def test_two_real_cells_and_what_is_said_of_them() -> None:
     out = io.StringIO()
     report.show([], studies, out)
     shown = out.getvalue()
-    assert "many-cheap: one request per connection of 4 ms on average" in shown
-    assert "kept-cheap: 20 requests on each connection of 4 ms on average" in shown
-    assert "exclusive: shared:first, reuseport: reuseport, load-aware: shared:least-loaded" in shown
+    assert "many-cheap: one request of 4 ms per connection, 2 workers, 1 repeat\n" in shown
+    assert "kept-cheap: 20 requests of 4 ms on each connection, 2 workers" in shown
+    assert "latency in ms; exclusive is shared:first, load-aware is shared:least-loaded\n" in shown
     assert shown.count("load-aware < reuseport") >= 4
     assert "Of Hermes' 6 rankings by mean" in shown
     assert max(map(len, shown.splitlines())) <= 80
