@@ -352,9 +352,9 @@ def _add_theory(found: Figures) -> None:
     if load >= 1:
         found.reasons.append(f"overload: the workers are asked for {load:.0%} of what they can do, so there is no steady state")
         return
-    found.prediction, found.bound = (
-        theory.predict(queues, work.workers, rate, occupied, other, arrivals=work.arrivals) for queues in (discipline, "one queue")
-    )
+    found.bound = theory.predict("one queue", work.workers, rate, occupied, other, arrivals=work.arrivals)
+    same = discipline == "one queue"
+    found.prediction = found.bound if same else theory.predict(discipline, work.workers, rate, occupied, other, arrivals=work.arrivals)
 
 
 def _ideals(figures: Sequence[Figures]) -> dict[str, theory.Prediction]:
@@ -475,4 +475,5 @@ class Study:
 def study(work: Work, servers: Sequence[Server], trials: Sequence[Trial], calibration: Trial | None) -> Study:
     by_server = [(server, [trial for trial in trials if trial.server == server.name]) for server in servers]
     figures = [figures_of(server, work, mine, calibration) for server, mine in by_server if mine]
-    return Study(work, calibration, figures, comparisons(figures), _ideals(figures))
+    # Of the matrix no other policies are shown, and to simulate them twelve times would take half a minute.
+    return Study(work, calibration, figures, comparisons(figures), _ideals(figures) if work.level is None else {})

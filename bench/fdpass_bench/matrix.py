@@ -16,7 +16,7 @@ from fdpass_bench.steady import Work
 Measure = Literal["mean", "p99"]
 MEASURES: tuple[Measure, ...] = ("mean", "p99")
 
-_FEWEST = 12  # connections of a run: fewer say nothing of how they are shared out
+_FEWEST = 10  # connections of a run: fewer say nothing of how they are shared out
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ CASES: Mapping[str, Case] = {
 }
 #: Once, twice and three times the same; not nearer to 1, where a queue takes longer to settle than a run of seconds has.
 LEVELS: Mapping[str, float] = {"light": 0.25, "medium": 0.5, "heavy": 0.75}
-_SECONDS: Mapping[str, tuple[float, float]] = {"light": (1.5, 1.5), "medium": (2.5, 2.5), "heavy": (4.0, 5.0)}  # of arrivals: many, kept
+_SECONDS: Mapping[str, tuple[float, float]] = {"light": (1.2, 1.2), "medium": (2.2, 2.2), "heavy": (3.5, 4.5)}  # of arrivals: many, kept
 
 #: The contestants of the paper, and what comes nearest to them here.
 THEIRS: Mapping[str, str] = {"exclusive": "shared:first", "reuseport": "reuseport", "load-aware": "shared:least-loaded"}

@@ -163,7 +163,8 @@ def _show_sweep(studies: Sequence[Study], out: Console) -> None:
 
 
 def _show_matrix(studies: Sequence[Study], out: Console) -> None:
-    out.print(f"{', '.join(f'{name}: {strategy}' for name, strategy in matrix.THEIRS.items())}; latencies in ms")
+    theirs = ", ".join(f"{name} is {strategy}" for name, strategy in matrix.THEIRS.items() if name != strategy)
+    out.print(f"latency in ms; {theirs}")
     for title, table in sweep_tables.cases(studies):
         out.print("")
         out.print(title, style="bold")
@@ -176,7 +177,7 @@ def _show_matrix(studies: Sequence[Study], out: Console) -> None:
             out.print(f"{where}: INVALID, and saying nothing: {named}. {one.name}: {one.reasons[0]}.")
     found = matrix.rankings(studies)
     if found:
-        out.print("Hermes, SIGCOMM 2025, table 3, heavy load, and the same here; the lower one first", style="bold")
+        out.print("Hermes (SIGCOMM 2025, table 3), heavy load, and here; the lower one first", style="bold")
         out.print(sweep_tables.rankings(found), "")
         for reason in matrix.reasons(found):
             out.print(f"{reason[0].upper()}{reason[1:]}.")

@@ -48,10 +48,14 @@ def sweep(studies: Sequence[Study]) -> Iterator[tuple[str, Table]]:
     by = _swept_by(studies)
     for count in counts if by != "workers" else [None]:
         here = [study for study in studies if count in (None, study.work.workers)]
-        where = f"{scenario}, {count} worker{'s' if count > 1 else ''}" if count else scenario
+        where = f"{scenario}, {_workers(count)}" if count else scenario
         for begin in range(0, len(here), _MOST_COLUMNS):
             part = here[begin : begin + _MOST_COLUMNS]
             yield f"{where}: mean latency in ms by {by}, and as a share of what one queue would give", _swept(part, by)
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"
 
 
 def _swept_by(studies: Sequence[Study]) -> str:
@@ -90,9 +94,10 @@ def cases(studies: Sequence[Study]) -> Iterator[tuple[str, Table]]:
         here = [study for study in studies if study.work.case == name]
         if not here:
             continue
-        kept = f"{case.requests} requests on each connection" if case.kept else "one request per connection"
+        each = f"{case.service * 1e3:g} ms"
+        kept = f"{case.requests} requests of {each} on each connection" if case.kept else f"one request of {each} per connection"
         work = here[0].work
-        title = f"{name}: {kept} of {case.service * 1e3:g} ms on average, {work.workers} workers, {work.repeats} repeats"
+        title = f"{name}: {kept}, {_workers(work.workers)}, {work.repeats} repeat{'s' if work.repeats > 1 else ''}"
         table = plain_table()
         for study in here:
             columns(table, f" {study.work.level}\nmean", " \n p99", " \n/ theory")
