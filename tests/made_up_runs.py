@@ -137,7 +137,7 @@ def written(path: Path, data: dict[str, Any]) -> str:
     return str(path)
 
 
-# -------------------------------------------------------------------------------- what one command can hold: sweeps, a matrix, all scenarios
+# ------------------------------------------------------------------ what one command can hold: sweeps, a matrix, all scenarios
 
 LOADS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WORKERS = (1, 2, 4, 8, 16)
@@ -153,7 +153,9 @@ _DISCIPLINES = {"dispatch": "least outstanding", "reuseport": "split"}
 PEERS = {"nginx-reuseport": "nginx 1.22.1", "gunicorn": "gunicorn 23.0.0"}
 
 
-def timed(strategy: str, load: float = 0.7, workers: int = 4, service: float = 0.004, connections: int = 4000, **others: Any) -> dict[str, Any]:
+def timed(
+    strategy: str, load: float = 0.7, workers: int = 4, service: float = 0.004, connections: int = 4000, **others: Any
+) -> dict[str, Any]:
     """A run of an open loop with as much in it as a real one: latencies drawn as its way of queueing has them, 4000 of them."""
     chance = random.Random(f"{strategy} {load} {workers} {service} {others.get('scenario')}")
     peer = strategy in PEERS
@@ -167,7 +169,10 @@ def timed(strategy: str, load: float = 0.7, workers: int = 4, service: float = 0
         waited = chance.expovariate(speed) if chance.random() < waits else 0.0
         seconds.append(0.0003 + chance.expovariate(1 / service) + waited)
     ordered = sorted(seconds)
-    at = {name: ordered[min(connections - 1, int(share * connections))] for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99_9", 0.999))}
+    at = {
+        name: ordered[min(connections - 1, int(share * connections))]
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99_9", 0.999))
+    }
     mean = statistics.fmean(seconds)
     found = {"mean": mean, "stdev": statistics.stdev(seconds), **at, "max": ordered[-1]}
     half = 2 * found["stdev"] / connections**0.5 / (1 - load) ** 0.5
@@ -176,7 +181,14 @@ def timed(strategy: str, load: float = 0.7, workers: int = 4, service: float = 0
         taken[chance.randrange(workers)].append(number / rate)
     per_worker = [len(instants) for instants in taken.values()]
     requests = others.get("requests_per_connection", 1)
-    work = {"workers": workers, "connections": connections, "rate": rate, "service": service, "distribution": "exponential", "work": "sleep"}
+    work = {
+        "workers": workers,
+        "connections": connections,
+        "rate": rate,
+        "service": service,
+        "distribution": "exponential",
+        "work": "sleep",
+    }
     work |= {"arrivals": "poisson", "clients": 0, "requests": requests, "think": 0.0, "seed": 1, "repeats": 2, "time_limit": 10.0}
     work |= {"scenario": others.get("scenario", "steady"), "load": load}
     prediction = split if discipline == "split" else one
@@ -246,9 +258,15 @@ def pairs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             sentence = f"{names}: no difference that this run can show (mean ratio {ratio:.2f}, 95 % {low:.2f} to {high:.2f})"
         else:
             winner, loser, times = (first, second, 1 / ratio) if ratio < 1 else (second, first, ratio)
-            sentence = f"{winner['strategy']} beats {loser['strategy']}: mean {times:.2f} times lower (95 % {times * 0.9:.2f} to {times * 1.1:.2f})"
+            beats = f"{winner['strategy']} beats {loser['strategy']}"
+            sentence = f"{beats}: mean {times:.2f} times lower (95 % {times * 0.9:.2f} to {times * 1.1:.2f})"
         one = {name: first.get(name) for name in ("scenario", "workers", "load", "case", "level")}
-        one |= {"first": first["strategy"], "second": second["strategy"], "mean_ratio": round(ratio, 4), "ci": [round(low, 4), round(high, 4)]}
+        one |= {
+            "first": first["strategy"],
+            "second": second["strategy"],
+            "mean_ratio": round(ratio, 4),
+            "ci": [round(low, 4), round(high, 4)],
+        }
         found.append(one | {"theory": None, "valid": valid, "sentence": sentence})
     return found
 
@@ -290,7 +308,10 @@ def matrix(servers: Sequence[str] = ("shared:first", "reuseport", "shared:least-
             comparisons += pairs(cell)
     heavy = {(run["case"], run["strategy"]): run for run in runs if run["level"] == "heavy"}
     rankings = [
-        _ranking(case, measure, (one, other), heavy) for measure in ("mean", "p99") for case in CASES for one, other in combinations(_THEIRS, 2)
+        _ranking(case, measure, (one, other), heavy)
+        for measure in ("mean", "p99")
+        for case in CASES
+        for one, other in combinations(_THEIRS, 2)
     ]
     return balance_file(*runs, comparisons=comparisons, rankings=rankings)
 

@@ -88,13 +88,25 @@ class Comparison:
         found = [self._table(title, judged, ["verdict"])] if judged else []
         return found + ([self._table(f"{title}: not judged, as the files carry no interval", shown, [])] if shown else [])
 
+    @property
+    def shared(self) -> list[str]:
+        """What the names of all runs have in common: "steady", "4 workers"."""
+        names = list(dict.fromkeys(change.run for change in self.changes))
+        return [part for part in names[0].split(", ") if all(part in name.split(", ") for name in names)] if len(names) > 1 else []
+
+    def short(self, change: Change) -> str:
+        """A run's name without what all have in common."""
+        return ", ".join(part for part in change.run.split(", ") if part not in self.shared) or change.run
+
     def _table(self, title: str, changes: Sequence[Change], verdict: list[str]) -> Table:
         columns = ["run", "measure", self.before.name, self.after.name, "ratio", *(["95 % interval", *verdict] if verdict else [])]
+        if self.shared:
+            title += f" ({', '.join(self.shared)})"
         # Below itself a name says nothing new.
         names = ["", *(change.run for change in changes)]
         rows = []
         for change, above in zip(changes, names, strict=False):
-            row = ["" if change.run == above else change.run, change.measure, change.before, change.after]
+            row = ["" if change.run == above else self.short(change), change.measure, change.before, change.after]
             row.append("-" if change.ratio is None else f"{change.ratio:.2f}")
             if verdict:
                 row.append("-" if change.low is None or change.high is None else f"{change.low:.2f} to {change.high:.2f}")
@@ -137,11 +149,13 @@ def _turned(before: Record, after: Record) -> list[str]:
         {(one.get("case"), one.get("level"), one.get("measure"), *_sides(one)): one.get("holds") for one in record.rankings}
         for record in (before, after)
     ]
-    return [
-        f"{case}, {level}, {measure}: that {first} and {second} rank as published {HOLDS[one]} in {before.name} and {HOLDS[other]} in {after.name}"
-        for (case, level, measure, first, second), one in held[0].items()
-        if one is not None and (other := held[1].get((case, level, measure, first, second))) not in (None, one)
-    ]
+    found = []
+    for (case, level, measure, first, second), one in held[0].items():
+        other = held[1].get((case, level, measure, first, second))
+        if None not in (one, other) and one != other:
+            ranking = f"{case}, {level}, {measure}: the published ranking of {first} and {second}"
+            found.append(f"{ranking} {HOLDS[one]} in {before.name} and {HOLDS[other]} in {after.name}")
+    return found
 
 
 def _sides(ranking: Mapping[str, Any]) -> list[str]:

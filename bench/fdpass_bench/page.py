@@ -18,7 +18,16 @@ from fdpass_bench import plots
 from fdpass_bench.compare import Comparison
 from fdpass_bench.records import Record, Section, sections
 from fdpass_bench.tables import (
-    HOLDS, WHAT, Table, command_of, environment, headline, pairs_of, summaries, tables_of, tables_of_runs,
+    HOLDS,
+    WHAT,
+    Table,
+    command_of,
+    environment,
+    headline,
+    pairs_of,
+    summaries,
+    tables_of,
+    tables_of_runs,
 )  # fmt: skip
 
 _PLACE = {"load": "load {}", "rate": "{} connections/s", "workers": "workers: {}", "cell": "{}"}
@@ -70,9 +79,9 @@ def render(records: Sequence[Record], comparisons: Sequence[Comparison] = ()) ->
     kind = records[0].kind
     heading = _heading(records, comparisons)
     number = count()
-    for part in [*parts, *(fold for part in parts for fold in part.folds)]:
-        part.plots = [
-            replace(one, svgs=tuple(Markup(svg.replace(plots.OWN, f"p{next(number)}-")) for svg in one.svgs)) for one in part.plots
+    for shown in [*parts, *(fold for part in parts for fold in part.folds)]:
+        shown.plots = [
+            replace(one, svgs=tuple(Markup(svg.replace(plots.OWN, f"p{next(number)}-")) for svg in one.svgs)) for one in shown.plots
         ]
     return template.from_string((folder / "page.html.jinja").read_text("utf-8")).render(
         title=f"fdpass-bench {kind}: {heading}",
@@ -139,14 +148,25 @@ def _parts(record: Record, named: str) -> list[_Part]:
 def _section(record: Record, section: Section, colours: Mapping[str, int], named: str) -> _Part:
     title = f"{named}{section.title[0].upper()}{section.title[1:]}"
     if section.axis is None:
-        return _Part(title, _size(section.runs), _drawn(section.runs, colours), tables_of_runs(section.runs), pairs_of(record, section.runs))
+        part = _Part(
+            title, _size(section.runs), _drawn(section.runs, colours), tables_of_runs(section.runs), pairs_of(record, section.runs)
+        )
+        if course := plots.over_time(section.runs, colours):
+            # What was done to a worker is to be seen; without that it is a long picture of little.
+            if any(run.get("events") for run in section.runs):
+                part.plots.append(course)
+            else:
+                part.folds.append(_Part("Over time", plots=[course]))
+        return part
     overview = plots.cells(section, colours) if section.axis == "cell" else plots.sweep(section, colours)
     folds = []
     for group in section.groups:
         curves = plots.latency_curves(group, colours, small=True)
         invalid = sum(run.get("valid") is False for run in group)
         summary = _PLACE[section.axis].format(section.place_of(group)) + (f": {invalid} of {len(group)} INVALID" if invalid else "")
-        folds.append(_Part(summary[:1].upper() + summary[1:], "", [curves] if curves else [], tables_of_runs(group), pairs_of(record, group)))
+        folds.append(
+            _Part(summary[:1].upper() + summary[1:], "", [curves] if curves else [], tables_of_runs(group), pairs_of(record, group))
+        )
     return _Part(title, _size(section.runs), [overview] if overview else [], summaries(record, section), folds=folds)
 
 
@@ -156,7 +176,6 @@ def _drawn(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, int]) -> lis
         plots.latency_curves(runs, colours),
         plots.per_worker(runs, colours),
         plots.per_worker(runs, colours, "requests") if kept else None,
-        plots.over_time(runs, colours),
         plots.stranded(runs, colours),
         plots.scaling(runs, colours),
         plots.outcomes(runs),

@@ -76,6 +76,7 @@ _STYLE: Any = {
 }
 _WIDE, _NARROW = 7.6, 3.9  # inches; a point is a pixel of the page
 _FIRST = 20.0  # percentile: below, a log axis would show little else
+_MANY_SERVERS = 3  # more names do not stand beside each other on a phone
 _MANY_WORKERS = 8  # more lines than that say nothing
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 _Run = Mapping[str, Any]
@@ -217,7 +218,7 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int], small: bool
 
     def draw(picture: Figure, narrow: bool) -> None:
         axes = picture.subplots()
-        furthest = 1.0
+        furthest, theories = 1.0, {}
         for run in drawn:
             curve, number = run["latency_curve"], colours[str(run["strategy"])] % len(COLOURS)
             points = [(place(p), ms) for p, ms in zip(curve["percentile"], curve["ms"], strict=False) if p >= _FIRST and ms > 0]
@@ -242,9 +243,9 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int], small: bool
                     color=COLOURS[number],
                     linestyle=(0, (4, 2)),
                     linewidth=1.3,
-                    alpha=0.85,
-                    label=f"theory: {(run.get('theory') or {}).get('discipline') or 'its queue'}, for {run['strategy']}",
+                    alpha=0.85 * faint,
                 )
+                theories["theory, in the server's colour"] = _theory_key()
         if bound and not all((run.get("theory") or {}).get("discipline") == "one queue" for run in drawn if run.get("theory")):
             axes.plot(
                 *_from_first(bound, "one_queue_ms", place),
@@ -260,13 +261,15 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int], small: bool
         axes.set_xlabel("percentile of requests (%)")
         axes.set_ylabel("latency (ms, log axis)")
         _log(axes, "y")
-        _legend(picture, _labelled(axes), narrow)
+        _legend(picture, _labelled(axes) | theories, narrow)
 
     known = [(_name(run), run.get("latency_ms") or {}) for run in drawn]
     said = "; ".join(f"{name}: median {figure(latency.get('p50'))} ms, p99 {figure(latency.get('p99'))} ms" for name, latency in known)
+    queues = [f"{run['strategy']}: {run['theory'].get('discipline')}" for run in drawn if (run.get("theory") or {}).get("latency_curve")]
     caption = (
         "Lower is better. So many per cent of the requests took no longer. The axis stretches the slowest: every step from 90 to "
-        "99 to 99.9 is as wide. Dashed: how long they would take by queueing theory, with the times these workers were occupied."
+        "99 to 99.9 is as wide. Dashed: how long they would take by queueing theory, with the times these workers were occupied "
+        f"({', '.join(queues)})."
         if bound
         else "Lower is better. Each point: so many per cent of the requests took no longer. The axis stretches the slowest."
     )
@@ -323,16 +326,20 @@ def sweep(section: Section, colours: Mapping[str, int]) -> Plot | None:
         for axes in panels if not narrow else panels[-1:]:
             axes.set_xlabel(_AXES[axis])
         last = [name for name in used if name not in by_server]
-        _legend(picture, {name: used[name] for name in [*(name for name in by_server if name in used), *sorted(last, reverse=True)]}, narrow)
+        _legend(
+            picture, {name: used[name] for name in [*(name for name in by_server if name in used), *sorted(last, reverse=True)]}, narrow
+        )
 
-    name, value, *_ = shown[0]
+    value = shown[0][1]
     several = " and ".join(one[0].partition(" (")[0] for one in shown)
     invalid = any(run.get("valid") is False for run in section.runs)
     caption = "Lower is better. Bars: the 95 % interval of the mean. " if shown is _TIMED else "Lower is better. "
-    caption += "Dashed: queueing theory, with the times these workers were occupied. " if any(run.get("theory") for run in section.runs) else ""
+    if any(run.get("theory") for run in section.runs):
+        caption += "Dashed: queueing theory, with the times these workers were occupied. "
     caption += "Hollow and crossed: INVALID, and no line goes through it." if invalid else ""
     said = "; ".join(
-        f"{server}: " + ", ".join(f"{figure(value(run))} at {section.place_of([run])}" + _invalid(run) for run in runs if value(run) is not None)
+        f"{server}: "
+        + ", ".join(f"{figure(value(run))} at {section.place_of([run])}" + _invalid(run) for run in runs if value(run) is not None)
         for server, runs in by_server.items()
     )
     return _plot(f"{several[:1].upper()}{several[1:]} by {axis}", caption.strip(), said, 3.9, draw, 2.0 + 2.4 * len(shown))
@@ -423,7 +430,9 @@ _STALLED: Sequence[_Panel] = (
         lambda run: (None, _hundred(run.get("delayed_share_split"))),
     ),
 )
-_SHARED: Sequence[_Panel] = (("largest share over the mean (ratio)", lambda run: run.get("max_over_mean"), lambda run: None, lambda run: (None, None)),)
+_SHARED: Sequence[_Panel] = (
+    ("largest share over the mean (ratio)", lambda run: run.get("max_over_mean"), lambda run: None, lambda run: (None, None)),
+)
 _SWEPT = (_TIMED, _STALLED, _SHARED)
 
 
@@ -450,7 +459,9 @@ def cells(section: Section, colours: Mapping[str, int]) -> Plot | None:
                 axes.grid(False, axis="x")
                 if not row:
                     load = next((run.get("load") for run in here), None)
-                    axes.set_title(level + ("" if load is None else f"{chr(10) if narrow else ', '}load {load:.2g}"), fontsize=9 if narrow else 10)
+                    axes.set_title(
+                        level + ("" if load is None else f"{chr(10) if narrow else ', '}load {load:.2g}"), fontsize=9 if narrow else 10
+                    )
                 if not column:
                     axes.set_ylabel(_wrapped(case.replace("-", " "), 6) if narrow else case, fontsize=9 if narrow else 10)
             _log(grid[row][0], "y")
@@ -461,14 +472,15 @@ def cells(section: Section, colours: Mapping[str, int]) -> Plot | None:
         _legend(picture, {name: used[name] for name in order if name in used}, narrow)
 
     caption = (
-        "Lower is better; each row has an axis of its own, and the servers stand in the order of the legend. The mark is the mean with its 95 % interval, the line ends at the 99th percentile. "
+        "Lower is better; each row has an axis of its own, and the servers stand in the order of the legend. "
+        "The mark is the mean with its 95 % interval, the line ends at the 99th percentile. "
         "The short line across is the mean by queueing theory, where the server's way of queueing is known."
     )
     if any(run.get("valid") is False for run in timed):
         caption += " Hollow and crossed: INVALID."
     said = "; ".join(
-        f"{run['case']}, {run.get('level')}, {run['strategy']}: mean {figure(_latency('mean')(run))} ms, p99 {figure(_latency('p99')(run))} ms"
-        + _invalid(run)
+        f"{run['case']}, {run.get('level')}, {run['strategy']}: "
+        f"mean {figure(_latency('mean')(run))} ms, p99 {figure(_latency('p99')(run))} ms" + _invalid(run)
         for run in timed
     )
     return _plot("Mean and p99 latency of each case at each load", caption, said, 1.4 + 1.75 * len(cases), draw, 2.2 + 1.5 * len(cases))
@@ -507,6 +519,7 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
     if not drawn:
         return None
     title = f"{what.capitalize()} per worker: {condition_of(drawn[0])}"
+    crowded = len(drawn) > _MANY_SERVERS
 
     def draw(picture: Figure, narrow: bool) -> None:
         axes = picture.subplots()
@@ -526,23 +539,25 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
                 zorder=3,
             )
             ratio = run.get("max_over_mean" if what == "connections" else "requests_max_over_mean")
-            below = "" if ratio is None else f"max/mean {ratio:.2f}"
-            middles.append(
-                ((places[0] + places[-1]) / 2, f"{_wrapped(_name(run), 12)}\n{_wrapped(below, 9) if narrow else below}".rstrip())
-            )
+            if crowded and narrow:
+                middles.append(((places[0] + places[-1]) / 2, "" if ratio is None else f"{ratio:.2f}"))
+            else:
+                below = "" if ratio is None else f"max/mean {ratio:.2f}"
+                text = f"{_wrapped(_name(run), 12)}\n{_wrapped(below, 9) if narrow else below}"
+                middles.append(((places[0] + places[-1]) / 2, text.rstrip()))
             at = places[-1] + 2.2
         axes.xaxis.set_major_locator(FixedLocator([place for place, _ in middles]))
         axes.set_xticklabels([label for _, label in middles], fontsize=8.5 if narrow else 9.5)
         axes.grid(False, axis="x")
         axes.tick_params(axis="x", length=0)
-        axes.set_xlabel("worker (one bar each, by server)")
+        axes.set_xlabel("worker (one bar each); below: max/mean" if crowded and narrow else "worker (one bar each, by server)")
         axes.set_ylabel(f"{what} (number)")
         axes.set_ylim(bottom=0)
         _legend(picture, _labelled(axes), narrow)
 
     said = "; ".join(f"{_name(run)}: {min(run[key])} to {max(run[key])}" for run in drawn)
     caption = "Evener is better. Under each server the largest share over the mean: 1.00 is perfectly even."
-    return _plot(title, caption, said, 3.3, draw, 3.8)
+    return _plot(title, caption, said, 3.3, draw, 3.4 + 0.15 * len(drawn))
 
 
 _MARKS = {
@@ -889,8 +904,8 @@ def changes(comparison: Comparison) -> Plot | None:
                     color=COLOURS[number], label=kind,
                 )  # fmt: skip
         axes.axvline(1, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="the same")
-        labels = [f"{change.run}: {change.measure}" for change in reversed(drawn)]
-        axes.set_yticks(range(len(drawn)), [_wrapped(label, 22 if narrow else 46) for label in labels], fontsize=8 if narrow else 9)
+        labels = [f"{comparison.short(change)}: {change.measure}" for change in reversed(drawn)]
+        axes.set_yticks(range(len(drawn)), [_wrapped(label, 26 if narrow else 60) for label in labels], fontsize=7.5 if narrow else 9)
         axes.set_ylim(-0.7, len(drawn) - 0.3)
         axes.set_xlabel("after over before (ratio, log axis)")
         axes.set_ylabel("" if narrow else "run")
@@ -899,4 +914,4 @@ def changes(comparison: Comparison) -> Plot | None:
 
     caption = "1 is no change. Bars: the 95 % interval of each by itself; the verdict allows for their number."
     said = "; ".join(change.sentence for change in drawn)
-    return _plot(title, caption, said, 1.7 + 0.42 * len(drawn), draw, 2.1 + 0.6 * len(drawn))
+    return _plot(title, caption, said, 1.7 + 0.36 * len(drawn), draw, 2.1 + 0.44 * len(drawn))

@@ -86,8 +86,8 @@ _OF_A_COMPARISON: Mapping[str, Any] = {
 }
 _OF_A_RANKING: Mapping[str, Any] = {
     **dict.fromkeys(("case", "level", "measure", "sentence"), str),
-    **dict.fromkeys(("first", "second"), {str: str}),
-    **dict.fromkeys(("published_ms", "here_ms", "ci"), [_NUMBER]),
+    **{side: {str: str} for side in ("first", "second")},
+    **{figures: [_NUMBER] for figures in ("published_ms", "here_ms", "ci")},
     "holds": bool,
 }
 _OF_THE_WHOLE: Mapping[str, Any] = {
@@ -343,7 +343,9 @@ class Section:
         if self.axis == "workers":
             # At one rate each number of workers has another load.
             loads = {group[0].get("load") for group in self.groups}
-            return f"{condition_of(_without(first, 'workers', *(['load'] if len(loads) > 1 else [])))}: {first['workers']} to {_workers(last)}"
+            return (
+                f"{condition_of(_without(first, 'workers', *(['load'] if len(loads) > 1 else [])))}: {first['workers']} to {_workers(last)}"
+            )
         ends = f"{place_on(self.axis, first):.4g} to {place_on(self.axis, last):.4g}"
         return f"{condition_of(_without(first, *rated))}: {f'load {ends}' if self.axis == 'load' else f'{ends} connections/s'}"
 

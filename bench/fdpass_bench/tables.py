@@ -123,7 +123,11 @@ def _mean_and_tail(found: Mapping[str, Any]) -> str:
 _MEASURES: Sequence[tuple[Callable[[Mapping[str, Any]], bool], str, Callable[[Mapping[str, Any]], str]]] = (
     (lambda run: bool(run.get("latency_ms")), "Mean / p99 latency in ms", _mean_and_tail),
     (lambda run: run.get("delayed_share") is not None, "Share delayed", lambda run: _percent(run.get("delayed_share"))),
-    (lambda run: run.get("failed") is not None, "Failed of all requests", lambda run: f"{run.get('failed', '-')} of {run.get('requests', '-')}"),
+    (
+        lambda run: run.get("failed") is not None,
+        "Failed of all requests",
+        lambda run: f"{run.get('failed', '-')} of {run.get('requests', '-')}",
+    ),
     (lambda run: run.get("open_stdev") is not None, "Standard deviation of open connections", lambda run: figure(run.get("open_stdev"))),
     (lambda run: True, "Largest share over the mean", lambda run: _fixed(run.get("max_over_mean"))),
 )
@@ -139,12 +143,16 @@ def _rankings(rankings: Sequence[Mapping[str, Any]]) -> Table:
             _in_order(one.get(key), [str(side.get(of, "-")) for side in sides])
             for key, of in (("published_ms", "published"), ("here_ms", "strategy"))
         )
-        rows.append(["" if place == above else place, str(one.get("measure") or "-"), published, here, _ratio(one), HOLDS[one.get("holds")]])
+        rows.append(
+            ["" if place == above else place, str(one.get("measure") or "-"), HOLDS[one.get("holds")], published, here, _ratio(one)]
+        )
         above = place
-    columns = ["case, load", "of", "published, ms", "here, ms", "first / second here, 95 %", "the order"]
-    meant = {str(side.get("published")): str(side.get("strategy")) for one in rankings for side in (one.get("first"), one.get("second")) if side}
+    columns = ["case, load", "of", "the order", "published, ms", "here, ms", "first / second here, 95 %"]
+    meant = {
+        str(side.get("published")): str(side.get("strategy")) for one in rankings for side in (one.get("first"), one.get("second")) if side
+    }
     title = f"Which published rankings hold here ({', '.join(f'{theirs}: {ours}' for theirs, ours in meant.items())})"
-    return Table(title, columns, rows, frozenset((1, 2, 3, 5)))
+    return Table(title, columns, rows, frozenset((1, 2, 3, 4)))
 
 
 #: Of a ranking, in words.
@@ -361,17 +369,22 @@ def _summed(section: Section) -> str:
         for name, side in ((pair["first"], 1), (pair["second"], -1)):
             won[str(name)] = won.get(str(name), 0) - side * _surely(pair)
     best = max(won, key=lambda name: won[name])
-    parts = []
+    single, parts = len(section.groups) == 1, []
+    sides_of: dict[int, list[str]] = {}
     for other in won:
         mine = [pair for pair in pairs if {pair["first"], pair["second"]} == {best, other}]
         if other == best or not mine:
             continue
         ratios = sorted(1 / pair["mean_ratio"] if pair["first"] == best else pair["mean_ratio"] for pair in mine)
         sides = [_surely(pair) * (-1 if pair["first"] == best else 1) for pair in mine]
-        times = f"{ratios[0]:.2f}" if len(ratios) == 1 or f"{ratios[0]:.2f}" == f"{ratios[-1]:.2f}" else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        parts.append(f"{other} {times} times ({_how_often(sides)})")
+        times = f"{ratios[0]:.2f}" if f"{ratios[0]:.2f}" == f"{ratios[-1]:.2f}" else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        sides_of.setdefault(sides[0], []).append(f"{other} {times}")
+        parts.append(f"{other} {times} ({_how_often(sides)})")
+    if single:
+        words = {1: "surely higher", -1: "surely lower", 0: "no difference shown"}
+        parts = [f"{', '.join(sides_of[side])} ({word})" for side, word in words.items() if side in sides_of]
     where = section.title
-    return f"{where[:1].upper()}{where[1:]}: mean latency over that of {best}: {', '.join(parts)}."
+    return f"{where[:1].upper()}{where[1:]}: mean latency, times that of {best}: {', '.join(parts)}."
 
 
 def _surely(pair: Mapping[str, Any]) -> int:
@@ -381,8 +394,6 @@ def _surely(pair: Mapping[str, Any]) -> int:
 
 
 def _how_often(sides: Sequence[int]) -> str:
-    if len(sides) == 1:
-        return {1: "surely higher", -1: "surely lower", 0: "no difference shown"}[sides[0]]
     words = [f"surely {word} at {sides.count(side)} of {len(sides)}" for side, word in ((1, "higher"), (-1, "lower")) if side in sides]
     return ", ".join(words) or f"no difference shown at any of {len(sides)}"
 
