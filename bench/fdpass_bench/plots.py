@@ -889,6 +889,8 @@ def changes(comparison: Comparison) -> Plot | None:
     if not drawn:
         return None
     kinds = {"worse": 1, "better": 2, "no difference": 0}
+    several = len({change.measure for change in drawn}) > 1
+    longest = max(len(comparison.short(change)) + len(change.measure) * several for change in drawn)
     title = f"{comparison.after.name} over {comparison.before.name}"
 
     def draw(picture: Figure, narrow: bool) -> None:
@@ -904,14 +906,15 @@ def changes(comparison: Comparison) -> Plot | None:
                     color=COLOURS[number], label=kind,
                 )  # fmt: skip
         axes.axvline(1, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="the same")
-        labels = [f"{comparison.short(change)}: {change.measure}" for change in reversed(drawn)]
+        labels = [comparison.short(change) + (f": {change.measure}" if several else "") for change in reversed(drawn)]
         axes.set_yticks(range(len(drawn)), [_wrapped(label, 26 if narrow else 60) for label in labels], fontsize=7.5 if narrow else 9)
         axes.set_ylim(-0.7, len(drawn) - 0.3)
-        axes.set_xlabel("after over before (ratio, log axis)")
+        what = "" if several else drawn[0].measure.removesuffix(", ms") + ", "
+        axes.set_xlabel(f"{what}after / before (ratio)" if narrow else f"{what}after over before (ratio, log axis)")
         axes.set_ylabel("" if narrow else "run")
         _log(axes, "x")
         _legend(picture, _labelled(axes), narrow)
 
     caption = "1 is no change. Bars: the 95 % interval of each by itself; the verdict allows for their number."
     said = "; ".join(change.sentence for change in drawn)
-    return _plot(title, caption, said, 1.7 + 0.36 * len(drawn), draw, 2.1 + 0.44 * len(drawn))
+    return _plot(title, caption, said, 1.7 + 0.3 * len(drawn), draw, 2.1 + (0.16 + 0.13 * math.ceil(longest / 24)) * len(drawn))

@@ -290,15 +290,17 @@ def rate_of(run: Mapping[str, Any]) -> float | None:
 
 
 def condition_of(run: Mapping[str, Any]) -> str:
-    """ "steady, load 0.7, 4 workers"; "matrix, many-cheap, heavy, load 0.9, 4 workers"."""
+    """ "steady, load 0.7, 4 workers"; "matrix, many-cheap, heavy, 4 workers", where the cell says the load and how many requests."""
     parts = [run["scenario"], *(run[name] for name in ("case", "level") if run.get(name))]
-    if run.get("load"):
+    if run.get("case"):
+        pass
+    elif run.get("load"):
         parts.append(f"load {run['load']:.2g}")
     elif rate := rate_of(run) or run.get("offered_per_s"):
         parts.append(f"{rate:.4g} connections/s")
     if run.get("workers") and run.get("server") != "target":
         parts.append(_workers(run))
-    if (run.get("requests_per_connection") or 1) > 1:
+    if (run.get("requests_per_connection") or 1) > 1 and not run.get("case"):
         parts.append(f"{run['requests_per_connection']} requests per connection")
     return ", ".join(parts)
 
@@ -383,7 +385,10 @@ def sections(runs: Iterable[Mapping[str, Any]]) -> list[Section]:
                 left += of_workers
         groups = grouped(left)
         counts = [group[0].get("workers") for group in groups]
-        if len(groups) > 1 and all(counts) and len(set(counts)) == len(groups):
+        # At one rate each number of workers has another load.
+        loads, rates = ({of(group[0]) for group in groups} for of in (lambda run: run.get("load"), rate_of))
+        alike = len(loads) == 1 or (len(rates) == 1 and None not in rates)
+        if len(groups) > 1 and all(counts) and len(set(counts)) == len(groups) and alike:
             found.append(Section("workers", sorted(groups, key=lambda group: place_on("workers", group[0]))))
         else:
             found += [Section(None, [group]) for group in groups]
