@@ -140,7 +140,7 @@ def check(found: list[dict[str, Any]]) -> None:
         ("balance", 6),
         ("pass", 2),
         ("comparison", 2),
-        ("full", 60),
+        ("full", 48),
         ("sweep", 8),
         ("workers", 6),
         ("matrix", 13),

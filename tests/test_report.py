@@ -285,6 +285,13 @@ def test_many_pairs_are_summed_up_and_listed_with_their_runs() -> None:
     assert said[1].endswith("(no difference shown).")
     (section,) = (one for one in records.sections(record.runs) if one.runs[0]["scenario"] == "steady")
     assert len(tables.pairs_of(record, section.runs)) == 10
+    # Of a sweep the file has them by study, with its work.
+    loops = [
+        {"work": {"scenario": "steady", "workers": 2, "rate": rate}, "comparisons": [{"sentence": f"a beats b at {rate}"}] * 4}
+        for rate in (50.0, 99.0)
+    ]
+    runs = [steady(load=None, work={"rate": rate}) for rate in (50.0, 99.0)]
+    assert tables.pairs_of(records.record(balance_file(*runs, studies=loops), "a.json"), runs[1:]) == ["A beats b at 99.0."] * 4
     few = records.record(balance_file(steady(), comparisons=[{"sentence": "a beats b", "scenario": "steady"}]), "few.json")
     assert tables.headline(few) == ["A beats b."]
     assert tables.pairs_of(few, few.runs) == []

@@ -26,6 +26,7 @@ _OF_A_RUN: Mapping[str, Any] = {
     "requests_per_worker": [int],
     "requests_per_connection": int,
     "max_over_mean": _NUMBER,
+    "hash_max_over_mean": _NUMBER,
     "requests_max_over_mean": _NUMBER,
     "jain": _NUMBER,
     "switches_per_connection": _NUMBER,
@@ -144,6 +145,16 @@ class Record:
         return list(self.data.get("rankings") or [])
 
     @property
+    def pairs(self) -> list[Mapping[str, Any]]:
+        """Comparisons of two servers, each with all that its loop is known by."""
+        found: list[Mapping[str, Any]] = []
+        for study in self.data.get("studies") or []:
+            work = study.get("work") or {}
+            known = {key: work.get(key) for key in ("scenario", "workers", "case", "level")} | {"work": work}
+            found += [{**known, **one} for one in study.get("comparisons") or []]
+        return found or list(self.data.get("comparisons") or [])
+
+    @property
     def answered_at_once(self) -> list[float]:
         """Mean latencies of the server that answers at once, in milliseconds: one of each loop."""
         studies = self.data.get("studies") or [self.data]
@@ -199,11 +210,11 @@ def record(data: Any, name: str) -> Record:
     _check(data.get("environment") or {}, _OF_THE_ENVIRONMENT, f"{name}: environment")
     for number, one in enumerate([data, *(data.get("studies") or [])]):
         where = f"{name}: study {number}" if number else name
-        _check(one, {"calibration": {str: object}}, where)
+        _check(one, {"calibration": {str: object}, "work": {str: object}, "comparisons": [{str: object}]}, where)
+        _check_all(one.get("comparisons") or [], _OF_A_COMPARISON, f"{where}: comparison")
         _check(one.get("calibration") or {}, {"latency_ms": {str: _NUMBER}}, f"{where}: calibration")
     if isinstance(data.get("runs"), list):
         _check_runs(data["runs"], name)
-        _check_all(data.get("comparisons") or [], _OF_A_COMPARISON, f"{name}: comparison")
         _check_all(data.get("rankings") or [], _OF_A_RANKING, f"{name}: ranking")
         return Record(name, "balance", data)
     if isinstance(data.get("rows"), list):

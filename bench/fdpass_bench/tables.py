@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from fdpass_bench.records import Record, Section, condition_of, sections
+from fdpass_bench.records import Record, Section, condition_of, rate_of, sections
 
 _WIDTH_OF_SHARES = 23
 _MOST_PAIRS = 3  # sentences about pairs: more than that are summed up
@@ -221,7 +221,9 @@ def _latencies(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def _shares(runs: Sequence[Mapping[str, Any]]) -> Table:
     kept = any((run.get("requests_per_connection") or 1) > 1 for run in runs)
+    few = runs[0]["scenario"] == "few-clients"  # where what a hash would do is the question
     columns = ["server", "connections per worker", *(["requests per worker"] if kept else []), "max / mean"]
+    columns += ["by a hash"] if few else []
     columns += ["switches / connection", "CPU us / connection", "lost, accepted", "lost, queued", "outcomes"]
     # What no run of these has is no column.
     rows = [
@@ -230,6 +232,7 @@ def _shares(runs: Sequence[Mapping[str, Any]]) -> Table:
             shares(run.get("per_worker") or []),
             *([shares(run.get("requests_per_worker") or [])] if kept else []),
             _fixed(run.get("requests_max_over_mean" if kept else "max_over_mean")),
+            *([_fixed(run.get("hash_max_over_mean"))] if few else []),
             _fixed(run.get("switches_per_connection")),
             figure(run.get("cpu_us_per_connection")),
             str(run.get("lost_accepted", "-")),
@@ -331,7 +334,7 @@ def headline(record: Record) -> list[str]:
     found = [said] if said else []
     if record.rankings and "rankings" not in said:
         found += _held(record.rankings)
-    pairs = [one for one in record.data.get("comparisons") or [] if one.get("valid") is not False and one.get("sentence")]
+    pairs = [one for one in record.pairs if one.get("valid") is not False and one.get("sentence")]
     known = [one for one in pairs if one.get("mean_ratio") and not (record.rankings and one.get("scenario") == "matrix")]
     if len(pairs) <= _MOST_PAIRS or any(not one.get("scenario") for one in pairs):
         found += [_sentence(str(one["sentence"])) for one in pairs]
@@ -344,11 +347,11 @@ def headline(record: Record) -> list[str]:
 
 def pairs_of(record: Record, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences of the pairs of these runs, which stand under the same conditions; none where the headline has them all."""
-    pairs = record.data.get("comparisons") or []
-    if len(pairs) <= _MOST_PAIRS:
+    if len(record.pairs) <= _MOST_PAIRS:
         return []
-    mine = [one for one in pairs if all(one.get(key) == runs[0].get(key) for key in ("scenario", "workers", "load", "case", "level"))]
-    return [_sentence(str(one["sentence"])) for one in mine if one.get("sentence")]
+    keys = ("scenario", "workers", "load", "case", "level")
+    mine = [one for one in record.pairs if all(one.get(key) == runs[0].get(key) for key in keys)]
+    return [_sentence(str(one["sentence"])) for one in mine if one.get("sentence") and rate_of(one) in (None, rate_of(runs[0]))]
 
 
 def _held(rankings: Sequence[Mapping[str, Any]]) -> list[str]:
