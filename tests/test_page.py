@@ -14,13 +14,29 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from browser import CHROMIUM, Browser, browser
-from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, scale_out, stall, steady, written
+from made_up_runs import (
+    ENVIRONMENT,
+    balance_file,
+    kill,
+    matrix,
+    pass_file,
+    row,
+    scale_out,
+    stall,
+    steady,
+    sweep_of_loads,
+    sweep_of_workers,
+    whole,
+    written,
+)
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH (apt install chromium)"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
+
+OPENED = "document.querySelectorAll('details').forEach(one => { one.open = true; })"
 
 #: Each picture that is shown: the texts in it, where they are, and how far they reach beyond it.
 PICTURES = """
@@ -68,8 +84,21 @@ def pages(folder: Path) -> dict[str, Path]:
     prices = pass_file(row(), row("a queue", 9.0), row("a claim", what="outstanding", other=None, times_faster=None, times_faster_ci=None))
     before, after = written(folder / "before.json", balance), written(folder / "after.json", balance_file(*(steady(factor=2.0), kill())))
     one = written(folder / "pass.json", prices | {"environment": ENVIRONMENT | {"command": ["fdpass-bench", "pass"]}})
+    full = written(folder / "full.json", whole())
+    sweep, workers = written(folder / "sweep.json", sweep_of_loads()), written(folder / "workers.json", sweep_of_workers())
+    cells = written(folder / "matrix.json", matrix())
+    later = written(folder / "later.json", {**matrix(), "environment": ENVIRONMENT | {"kernel": "6.9"}})
     found = {}
-    for name, files in (("balance", [before]), ("pass", [one]), ("comparison", [before, after])):
+    for name, files in (
+        ("balance", [before]),
+        ("pass", [one]),
+        ("comparison", [before, after]),
+        ("full", [full]),
+        ("sweep", [sweep]),
+        ("workers", [workers]),
+        ("matrix", [cells]),
+        ("matrices", [cells, later]),
+    ):
         found[name] = folder / f"{name}.html"
         command = [sys.executable, "-m", "fdpass_bench", "report", *files, "--html", str(found[name])]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,17 +134,33 @@ def check(found: list[dict[str, Any]]) -> None:
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("name", ["balance", "pass", "comparison"])
-def test_a_page_in_a_browser(made: dict[str, Path], chromium: Browser, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("balance", 6),
+        ("pass", 2),
+        ("comparison", 2),
+        ("full", 48),
+        ("sweep", 8),
+        ("workers", 6),
+        ("matrix", 13),
+        ("matrices", 27),
+    ],
+)
+def test_a_page_in_a_browser(made: dict[str, Path], chromium: Browser, name: str, least: int) -> None:
     page = made[name]
     assert page.stat().st_size < 3_000_000
     inks = {}
     for width in (400, 1400):
         for dark in (False, True):
             chromium.show(page, width, dark)
+            shut = chromium.ask("document.documentElement.scrollHeight")
             assert chromium.ask("document.documentElement.scrollWidth") <= width
+            chromium.ask(OPENED)
+            assert chromium.ask("document.documentElement.scrollWidth") <= width
+            assert name in ("pass", "comparison") or chromium.ask("document.documentElement.scrollHeight") > shut
             pictures = chromium.ask(PICTURES)
-            assert len(pictures) >= (3 if name == "balance" else 2)
+            assert len(pictures) >= least
             check(pictures)
             inks[dark] = {colour for picture in pictures for colour in picture["colours"]}
             contrast = chromium.ask(CONTRAST)
@@ -136,6 +181,22 @@ def test_a_page_on_paper(made: dict[str, Path], chromium: Browser) -> None:
     # Paper is white, whatever the screen is.
     assert chromium.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     check(chromium.ask(PICTURES))
+
+
+def test_what_is_folded_is_on_paper(made: dict[str, Path], chromium: Browser) -> None:
+    visible = "[...document.querySelectorAll('details table')].filter(one => one.checkVisibility({contentVisibilityAuto: true})).length"
+    chromium.show(made["sweep"], 800)
+    assert chromium.ask(visible) == 0
+    chromium.show(made["sweep"], 800, media="print")
+    assert chromium.ask(visible) == 14  # two of each load
+
+
+def test_the_full_page_leads_to_each_part(made: dict[str, Path], chromium: Browser) -> None:
+    chromium.show(made["full"], 1400)
+    targets = chromium.ask("[...document.querySelectorAll('nav a')].map(one => one.getAttribute('href').slice(1))")
+    titles = chromium.ask("[...document.querySelectorAll('nav a')].map(one => one.textContent)")
+    assert len(targets) == 12  # eleven scenarios, one of which is a sweep, and the matrix
+    assert titles == [chromium.ask(f"document.querySelector('#{one} h2').textContent") for one in targets]
 
 
 def test_the_browser_sees_a_request_and_an_error(tmp_path: Path, chromium: Browser) -> None:

@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,22 @@ from fdpass_bench import cli, compare, curves, formats, records, tables, theory
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from made_up_runs import ENVIRONMENT, balance_file, kill, pass_file, row, stall, steady, written
+from made_up_runs import (
+    ENVIRONMENT,
+    LOADS,
+    all_scenarios,
+    balance_file,
+    kill,
+    late,
+    matrix,
+    pass_file,
+    row,
+    stall,
+    steady,
+    sweep_of_loads,
+    sweep_of_workers,
+    written,
+)
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "fdpass_bench"]
 
@@ -45,6 +61,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b", "latency_ms": 3}]}', "run 1: latency_ms does not have the form"),
         ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b", "per_worker": ["x"]}]}', "per_worker"),
         ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b"}], "environment": {"command": "ls"}}', "environment: command"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b", "case": 3}]}', "run 1: case does not have the form"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b"}], "rankings": 3}', "rankings does not have the form"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b"}], "rankings": [{"holds": 1}]}', "ranking 1: holds"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b"}], "comparisons": [{"ci": "wide"}]}', "comparison 1: ci"),
+        ('{"schema": 1, "runs": [{"strategy": "a", "scenario": "b"}], "studies": [{"calibration": 3}]}', "study 1: calibration"),
         ('{"schema": 1, "rows": [{"what": "a", "name": "b", "fdpass": {"p50_us": "fast"}}]}', "row 1: fdpass: p50_us"),
     ],
 )
@@ -186,8 +207,132 @@ def test_several_loads_are_a_sweep(page: Any) -> None:
         steady(name, factor * (1 + load), load=load) for load in (0.3, 0.5, 0.7) for name, factor in (("shared", 1.0), ("reuseport", 2.0))
     ]
     html = page.render([records.record(balance_file(*runs), "sweep.json")])
-    assert "Mean latency by load" in html
-    assert html.index("Mean latency by load") < html.index("Latency: steady, load 0.3")
+    assert html.count("<h2>") == 2  # the sweep, and where it was measured
+    assert html.count("<details>") == 3
+    assert html.index("Mean latency and p99 latency by load") < html.index("Mean / p99 latency in ms") < html.index("<summary>Load 0.3")
+
+
+# ---------------------------------------------------------------------------------------------------------------- sweeps and the matrix
+
+
+def test_runs_that_differ_in_one_thing_are_a_section() -> None:
+    assert [one.title for one in records.sections(sweep_of_loads()["runs"])] == ["steady, 4 workers: load 0.3 to 0.9"]
+    (workers,) = records.sections(sweep_of_workers()["runs"])
+    assert (workers.axis, workers.title) == ("workers", "steady, load 0.7: 1 to 16 workers")
+    (cells,) = records.sections(matrix()["runs"])
+    assert (cells.axis, cells.title, len(cells.groups)) == ("cell", "matrix, 4 workers: all cells", 12)
+    assert [one.axis for one in records.sections(all_scenarios()["runs"])] == [None] * 11
+    # Each run stands in one of them, whatever they are.
+    mixed = [*sweep_of_loads()["runs"], steady(workers=8), steady(workers=16), kill(), steady(requests_per_connection=5), steady(load=None)]
+    found = records.sections(mixed)
+    assert [one.axis for one in found] == ["load", None, None, None, None, None]
+    assert sorted(map(id, mixed)) == sorted(id(run) for one in found for run in one.runs)
+
+
+def test_a_rate_may_be_swept_without_a_load() -> None:
+    runs = [steady(load=None, work={"rate": rate}, offered_per_s=rate * 0.99) for rate in (200.0, 50.0, 100.0)]
+    (section,) = records.sections(runs)
+    assert (section.axis, section.title) == ("rate", "steady, 2 workers: 50 to 200 connections/s")
+    # At one rate several numbers of workers are several loads: it is the workers that differ.
+    runs = [steady(workers=k, load=2.8 / k, work={"rate": 700.0}) for k in (8, 4)]
+    (section,) = records.sections(runs)
+    assert (section.axis, section.title) == ("workers", "steady, 700 connections/s: 4 to 8 workers")
+
+
+def test_a_sweep_is_one_table_with_a_row_for_each_load() -> None:
+    record = records.record(sweep_of_loads(), "sweep.json")
+    (table,) = tables.tables_of(record)
+    assert [line[0] for line in table.rows] == [f"{load:g}" for load in LOADS]
+    assert list(table.columns) == ["load", "shared", "reuseport", "gunicorn", "theory: one queue", "theory: split"]
+    # What is INVALID says so in its cell, and theory is not taken from it.
+    assert sorted(table.struck_cells) == [(3, 2), (6, 3)]
+    assert [line[2].endswith(" INVALID") for line in table.rows] == [row == 3 for row in range(7)]
+    assert table.rows[3][5] == "-"
+
+
+def test_other_scenarios_may_be_swept_over_workers_too() -> None:
+    runs = [stall(name, lost, workers=k, delayed_share_split=1 / k) for k in (2, 4) for name, lost in (("shared", 2), ("reuseport", 120))]
+    (table,) = tables.tables_of(records.record(balance_file(*runs), "a.json"))
+    assert table.rows == [["2", "0.4%", "24.0%", "50.0%"], ["4", "0.4%", "24.0%", "25.0%"]]
+    assert table.columns[3] == "split queues: 1/k"
+
+
+def test_what_was_not_answered_in_a_sweep_is_said() -> None:
+    bad = steady(load=0.5, outcomes={"ok": 1990, "timeout": 7, "reset": 3})
+    (table,) = tables.tables_of(records.record(balance_file(steady(load=0.3), bad), "a.json"))
+    assert [line[-1] for line in table.rows] == ["-", "shared 10"]
+
+
+def test_a_sweep_in_a_terminal_and_in_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path / "sweep.json", sweep_of_loads())
+    assert cli.main(["report", path]) == 1
+    out = capsys.readouterr().out
+    assert " ".join(out.split()).startswith("Steady, 4 workers: load 0.3 to 0.9: mean latency, times that of shared: reuseport 1.")
+    assert out.count("Mean / p99 latency in ms") == 1
+    assert "Shares and outcomes" not in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert cli.main(["report", path, "--markdown", "-"]) == 1
+    markdown = capsys.readouterr().out
+    assert markdown.index("Mean / p99 latency") < markdown.index("<details><summary>steady, load 0.3")
+    assert markdown.count("<details>") == markdown.count("</details>") == 8
+
+
+def test_many_pairs_are_summed_up_and_listed_with_their_runs() -> None:
+    record = records.record(all_scenarios(), "all.json")
+    said = tables.headline(record)
+    assert len(said) == 5  # the verdict, and a sentence for each loop
+    assert said[1].startswith("Steady, load 0.7, 4 workers: mean latency, times that of shared: reuseport 2.")
+    assert said[1].endswith("(no difference shown).")
+    (section,) = (one for one in records.sections(record.runs) if one.runs[0]["scenario"] == "steady")
+    assert len(tables.pairs_of(record, section.runs)) == 10
+    # Of a sweep the file has them by study, with its work.
+    loops = [
+        {"work": {"scenario": "steady", "workers": 2, "rate": rate}, "comparisons": [{"sentence": f"a beats b at {rate}"}] * 4}
+        for rate in (50.0, 99.0)
+    ]
+    runs = [steady(load=None, work={"rate": rate}) for rate in (50.0, 99.0)]
+    assert tables.pairs_of(records.record(balance_file(*runs, studies=loops), "a.json"), runs[1:]) == ["A beats b at 99.0."] * 4
+    few = records.record(balance_file(steady(), comparisons=[{"sentence": "a beats b", "scenario": "steady"}]), "few.json")
+    assert tables.headline(few) == ["A beats b."]
+    assert tables.pairs_of(few, few.runs) == []
+
+
+def test_rankings_come_first_and_each_has_its_row(page: Any) -> None:
+    record = records.record(matrix(), "matrix.json")
+    said = tables.headline(record)
+    counts = [sum(one["holds"] is holds for one in record.rankings) for holds in (True, False, None)]
+    assert all(counts)
+    assert said[0] == f"Of 24 published rankings {counts[0]} hold here, {counts[1]} do not, and {counts[2]} cannot be told."
+    rankings, cells = tables.tables_of(record)
+    assert [line[2] for line in rankings.rows].count("does not hold") == counts[1]
+    assert rankings.rows[0][3].startswith("reuseport 5.10 < exclusive 7.09")
+    assert [line[0] for line in cells.rows][:2] == ["many-cheap, light", "many-cheap, medium"]
+    assert len(cells.struck_cells) == 1
+    html = page.render([record])
+    assert html.index("Of 24 published") < html.index("<svg") < html.index("Which published rankings") < html.index("<details>")
+    assert html.count('data-verdict="does not hold">') == counts[1]
+    line = next(csv.DictReader(io.StringIO(formats.as_csv([record]))))
+    assert (line["case"], line["level"]) == ("many-cheap", "light")
+
+
+def test_what_is_invalid_is_never_joined() -> None:
+    plots = pytest.importorskip("fdpass_bench.plots")
+    runs = [steady(load=load, theory=None) for load in (0.3, 0.5, 0.7, 0.9)]
+    runs[1] = late(runs[1])
+    (section,) = records.sections(runs)
+    drawn = plots.sweep(section, {"shared": 0})
+    assert "at 0.5 (INVALID)" in drawn.alt
+    # The line has a gap: it begins anew behind what is INVALID.
+    lines = [path for path in re.findall(r' d="(M[^"CQz]*)"[^>]*stroke: var\(--c0\)', drawn.svgs[0]) if "L" in path or "H" in path]
+    assert len([path for path in lines if path.count("M") == 2]) >= 1
+    whole = plots.sweep(records.sections([steady(load=load, theory=None) for load in (0.3, 0.5, 0.7, 0.9)])[0], {"shared": 0})
+    assert not [path for path in re.findall(r' d="(M[^"CQz]*)"[^>]*stroke: var\(--c0\)', whole.svgs[0]) if path.count("M") == 2]
+
+
+def test_a_shortened_path_is_the_same_path() -> None:
+    plots = pytest.importorskip("fdpass_bench.plots")
+    assert plots._path("M 1.04 2 L 1 3.26 L 5 3.26 L 6 7 L 8 9 L 8 9 M 1 1 L 2 2 z M 3 4 L 3 5 ") == "M1 2V3.3H5L6 7 8 9M1 1L2 2zM3 4V5"
+    assert plots._path("M 0 1.2345 C 1 2 3 4 5 6") == "M 0 1.23 C 1 2 3 4 5 6"
 
 
 # ---------------------------------------------------------------------------------------------------------------- did it get worse?
@@ -246,6 +391,40 @@ def test_a_worker_that_strands_more_is_worse() -> None:
     assert [change.sentence for change in found.worse] == [
         "shared, stall, 2 workers: delayed while a worker was frozen 125 of 500, before 2 of 500"
     ]
+
+
+def test_a_sweep_is_compared_run_by_run() -> None:
+    found = compared(sweep_of_loads(), sweep_of_loads())
+    means = [change for change in found.changes if change.measure == "mean latency, ms"]
+    assert len(means) == 19  # two of 21 are INVALID
+    assert {change.verdict for change in means} == {"no difference"}
+    assert found.shared == ["steady", "4 workers"]
+    assert found.tables[0].rows[0][0] == "shared, load 0.3"
+    assert found.tables[0].title.endswith("(steady, 4 workers)")
+    assert found.only == []
+
+
+def test_many_that_got_worse_are_counted_and_not_all_named() -> None:
+    slower = sweep_of_loads()
+    for run in slower["runs"]:
+        run["latency_ms"]["mean"] *= 2
+        run["ci"]["mean_ms"] = [2 * end for end in run["ci"]["mean_ms"]]
+    found = compared(sweep_of_loads(), slower)
+    assert len(found.worse) == 19
+    assert found.sentence.endswith("; and 15 more.")
+
+
+def test_a_matrix_is_compared_cell_by_cell_and_rankings_that_turned_are_named() -> None:
+    turned = matrix()
+    (one,) = (r for r in turned["rankings"] if (r["case"], r["measure"], r["first"]["published"]) == ("many-cheap", "mean", "reuseport"))
+    assert one["holds"] is True
+    one["holds"] = False
+    found = compared(matrix(), turned)
+    assert len([change for change in found.changes if change.low]) == 47
+    ranking = "many-cheap, heavy, mean: the published ranking of reuseport and shared:least-loaded"
+    assert found.turned == [f"{ranking} holds in before.json and does not hold in after.json"]
+    cell = [run for run in matrix()["runs"] if (run["case"], run["level"]) == ("many-cheap", "light")]
+    assert len([change for change in compared(matrix(), balance_file(*cell)).changes if change.low]) == 4
 
 
 def test_an_invalid_run_is_not_compared_and_the_status_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from fdpass_bench.estimate import CONFIDENCE, student_t
 from fdpass_bench.records import Record, asked, title_of
-from fdpass_bench.tables import Table, figure, unit_of
+from fdpass_bench.tables import HOLDS, Table, figure, unit_of
 
 Verdict = Literal["worse", "better", "no difference", "not judged"]
 
 #: Where a file does not say how many batches its interval rests on.
 _BATCHES = 8
+_MOST_NAMED = 4  # changes in the sentence; all stand in the table
 _ENVIRONMENT = (("system", "system"), ("kernel", "kernel"), ("machine", "machine"), ("usable_cpus", "processors"), ("python", "Python"))
 
 
@@ -49,7 +50,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The second record against the first. only: what stands in one of them. differences: of the machines."""
+    """The second record against the first. only: what stands in one of them. differences: of the machines. turned: rankings that hold in
+    one of them and not in the other."""
 
     before: Record
     after: Record
@@ -57,6 +59,7 @@ class Comparison:
     only: Sequence[str]
     invalid: Sequence[str]
     differences: Sequence[str]
+    turned: Sequence[str] = ()
 
     @property
     def worse(self) -> list[Change]:
@@ -76,23 +79,40 @@ class Comparison:
             return f"{self.after.name} is not worse than {self.before.name}, as far as these runs can show ({judged} compared)."
         return f"{self.after.name} and {self.before.name}: nothing that could be judged is valid in both."
 
-    def table(self) -> Table:
-        columns = ["run", "measure", self.before.name, self.after.name, "ratio", "95 % interval", "verdict"]
+    @property
+    def tables(self) -> list[Table]:
+        """What was judged, then what is only shown; what has nothing is left out."""
+        judged = [change for change in self.changes if change.verdict != "not judged"]
+        shown = [change for change in self.changes if change.verdict == "not judged"]
+        title = f"{self.after.name} against {self.before.name}"
+        found = [self._table(title, judged, ["verdict"])] if judged else []
+        return found + ([self._table(f"{title}: not judged, as the files carry no interval", shown, [])] if shown else [])
+
+    @property
+    def shared(self) -> list[str]:
+        """What the names of all runs have in common: "steady", "4 workers"."""
+        names = list(dict.fromkeys(change.run for change in self.changes))
+        return [part for part in names[0].split(", ") if all(part in name.split(", ") for name in names)] if len(names) > 1 else []
+
+    def short(self, change: Change) -> str:
+        """A run's name without what all have in common."""
+        return ", ".join(part for part in change.run.split(", ") if part not in self.shared) or change.run
+
+    def _table(self, title: str, changes: Sequence[Change], verdict: list[str]) -> Table:
+        columns = ["run", "measure", self.before.name, self.after.name, "ratio", *(["95 % interval", *verdict] if verdict else [])]
+        if self.shared:
+            title += f" ({', '.join(self.shared)})"
         # Below itself a name says nothing new.
-        names = ["", *(change.run for change in self.changes)]
-        rows = [
-            [
-                "" if change.run == above else change.run,
-                change.measure,
-                change.before,
-                change.after,
-                "-" if change.ratio is None else f"{change.ratio:.2f}",
-                "-" if change.low is None or change.high is None else f"{change.low:.2f} to {change.high:.2f}",
-                change.verdict,
-            ]
-            for change, above in zip(self.changes, names, strict=False)
-        ]
-        return Table(f"{self.after.name} against {self.before.name}", columns, rows, frozenset((1, 6)))
+        names = ["", *(change.run for change in changes)]
+        rows = []
+        for change, above in zip(changes, names, strict=False):
+            row = ["" if change.run == above else self.short(change), change.measure, change.before, change.after]
+            row.append("-" if change.ratio is None else f"{change.ratio:.2f}")
+            if verdict:
+                row.append("-" if change.low is None or change.high is None else f"{change.low:.2f} to {change.high:.2f}")
+                row.append(change.verdict)
+            rows.append(row)
+        return Table(title, columns, rows, frozenset((1, 6)))
 
 
 def compare(before: Record, after: Record) -> Comparison:
@@ -119,11 +139,32 @@ def compare(before: Record, after: Record) -> Comparison:
     for record, mine, others in ((before, first, second), (after, second, first)):
         if left := [_title(run) for key, run in mine.items() if key not in others]:
             only.append(f"not compared, as {after.name if record is before else before.name} has no such run: {_shortened(left)}")
-    return Comparison(before, after, [raw.judged(judged) for raw in found], only, invalid, _differences(before, after))
+    turned = _turned(before, after)
+    return Comparison(before, after, [raw.judged(judged) for raw in found], only, invalid, _differences(before, after), turned)
+
+
+def _turned(before: Record, after: Record) -> list[str]:
+    """Rankings that both files could tell, and told differently."""
+    held = [
+        {(one.get("case"), one.get("level"), one.get("measure"), *_sides(one)): one.get("holds") for one in record.rankings}
+        for record in (before, after)
+    ]
+    found = []
+    for (case, level, measure, first, second), one in held[0].items():
+        other = held[1].get((case, level, measure, first, second))
+        if None not in (one, other) and one != other:
+            ranking = f"{case}, {level}, {measure}: the published ranking of {first} and {second}"
+            found.append(f"{ranking} {HOLDS[one]} in {before.name} and {HOLDS[other]} in {after.name}")
+    return found
+
+
+def _sides(ranking: Mapping[str, Any]) -> list[str]:
+    return [str((ranking.get(side) or {}).get("strategy")) for side in ("first", "second")]
 
 
 def _listed(changes: Sequence[Change]) -> str:
-    return "; ".join(change.sentence for change in changes)
+    said = "; ".join(change.sentence for change in changes[:_MOST_NAMED])
+    return said if len(changes) <= _MOST_NAMED else f"{said}; and {len(changes) - _MOST_NAMED} more"
 
 
 def _shortened(titles: Sequence[str]) -> str:
@@ -152,7 +193,8 @@ def _keyed(record: Record) -> dict[tuple[Any, ...], Mapping[str, Any]]:
             else [asked(run), run.get("clients")]
         )
         rate = run.get("load") or (work.get("rate") if timed else None)
-        key = (run["scenario"], run["strategy"], run.get("workers"), run.get("service_seconds"), run.get("requests_per_connection"))
+        cell = (run["scenario"], run.get("case"), run.get("level"))
+        key = (*cell, run["strategy"], run.get("workers"), run.get("service_seconds"), run.get("requests_per_connection"))
         found[*key, _rounded(rate), *given] = run
     return found
 
@@ -172,8 +214,9 @@ def _differences(before: Record, after: Record) -> list[str]:
         for name, value in (one.get("sysctls") or {}).items()
         if value != (other.get("sysctls") or {}).get(name)
     ]
-    alone: list[Any] = [((record.data.get("calibration") or {}).get("latency_ms") or {}).get("mean") for record in (before, after)]
-    if all(isinstance(mean, int | float) and mean > 0 for mean in alone) and not 0.8 < alone[1] / alone[0] < 1.25:
+    # Of a sweep the middle of all its loops.
+    alone = [statistics.median(record.answered_at_once or [0.0]) for record in (before, after)]
+    if min(alone) > 0 and not 0.8 < alone[1] / alone[0] < 1.25:
         found.append(f"a server that answers at once took {figure(alone[0])} and {figure(alone[1])} ms: the machine was not equally quiet")
     return found
 

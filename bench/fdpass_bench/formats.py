@@ -10,11 +10,13 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from fdpass_bench.compare import Comparison
-from fdpass_bench.records import Record
-from fdpass_bench.tables import Table, command_of, environment, headline, tables_of
+from fdpass_bench.records import Record, condition_of, sections
+from fdpass_bench.tables import Table, command_of, environment, headline, tables_of, tables_of_runs
 
+_SHORT = 20  # letters of a name that a terminal does not break
 #: What of a run is no single figure.
 _NOT_IN_CSV = {"series", "latency_curve", "events", "per_worker", "requests_per_worker", "work"}
 
@@ -59,7 +61,7 @@ def as_markdown(records: Sequence[Record], comparisons: Sequence[Comparison]) ->
     for comparison in comparisons:
         parts.append(f"**{_escaped(comparison.sentence)}**")
         parts += [f"- {_escaped(text)}" for text in _notes(comparison)]
-        parts.append(_markdown(comparison.table()))
+        parts += [_markdown(table) for table in comparison.tables]
     for record in records:
         heading = f"### fdpass-bench {record.kind}" + (f": {_escaped(record.name)}" if len(records) > 1 else "")
         parts.append(heading)
@@ -67,11 +69,21 @@ def as_markdown(records: Sequence[Record], comparisons: Sequence[Comparison]) ->
         parts += [f"- INVALID: {_escaped(text)}" for text in record.invalid]
         if len(records) == 1:
             parts += [_markdown(table) for table in tables_of(record)]
+            parts += [_folded(text, [_markdown(table) for table in tables]) for text, tables in _each(record)]
         lines = "\n".join(f"- {name}: {_escaped(text)}" for name, text in environment(record))
         fence = "`" * max(3, 1 + _longest_ticks(command_of(record)))
         command = f"{fence}\n{command_of(record)}\n{fence}"
-        parts.append(f"<details><summary>environment and command</summary>\n\n{lines}\n\n{command}\n\n</details>")
+        parts.append(_folded("environment and command", [lines, command]))
     return "\n\n".join(parts) + "\n"
+
+
+def _folded(summary: str, parts: Sequence[str]) -> str:
+    return "\n\n".join([f"<details><summary>{_escaped(summary)}</summary>", *parts, "</details>"])
+
+
+def _each(record: Record) -> list[tuple[str, list[Table]]]:
+    """The runs of sweeps and of a matrix by themselves, which their summaries leave out."""
+    return [(condition_of(group[0]), tables_of_runs(group)) for one in sections(record.runs) if one.axis for group in one.groups]
 
 
 def _longest_ticks(text: str) -> int:
@@ -79,7 +91,7 @@ def _longest_ticks(text: str) -> int:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    found = [*comparison.invalid, *comparison.only]
+    found = [*comparison.turned, *comparison.invalid, *comparison.only]
     if comparison.differences:
         found.append(f"also different, and perhaps the reason: {'; '.join(comparison.differences)}")
     return found
@@ -104,7 +116,9 @@ def show(records: Sequence[Record], comparisons: Sequence[Comparison], out: Cons
         out.print(comparison.sentence)
         for text in _notes(comparison):
             out.print(f"{text[0].upper()}{text[1:]}.")
-        out.print(_rich(comparison.table()), "")
+        for table in comparison.tables:
+            out.print(table.title, style="bold")
+            out.print(_rich(table), "")
     if comparisons:
         return
     for record in records:
@@ -116,6 +130,8 @@ def show(records: Sequence[Record], comparisons: Sequence[Comparison], out: Cons
         for table in tables_of(record):
             out.print(table.title, style="bold")
             out.print(_rich(table), "")
+        if each := _each(record):
+            out.print(f"--html and --markdown show each of these {len(each)} conditions by itself.", "")
         out.print(f"{command_of(record)}", soft_wrap=True)
 
 
@@ -123,7 +139,10 @@ def _rich(table: Table) -> RichTable:
     found = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     for place, name in enumerate(table.columns):
         words = place == 0 or place in table.words
-        found.add_column(name.replace(" ", "\n", 1) if not words else name, justify="left" if words else "right", overflow="fold")
+        heading = name if words else name.replace(" ", "\n", 1)
+        short = place == 0 and max((len(row[0]) for row in table.rows), default=0) <= _SHORT
+        found.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=short)
     for place, row in enumerate(table.rows):
-        found.add_row(*row, style="dim" if place in table.struck else "")
+        cells = [Text(cell, style="dim" if (place, column) in table.struck_cells else "") for column, cell in enumerate(row)]
+        found.add_row(*cells, style="dim" if place in table.struck else "")
     return found

@@ -5,18 +5,33 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import count, groupby
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from fdpass_bench import plots
 from fdpass_bench.compare import Comparison
-from fdpass_bench.records import Record, condition_of, grouped
-from fdpass_bench.tables import WHAT, Table, command_of, environment, headline, tables_of
+from fdpass_bench.records import Record, Section, sections
+from fdpass_bench.tables import (
+    HOLDS,
+    WHAT,
+    Table,
+    command_of,
+    environment,
+    headline,
+    pairs_of,
+    summaries,
+    tables_of,
+    tables_of_runs,
+)  # fmt: skip
+
+_PLACE = {"load": "load {}", "rate": "{} connections/s", "workers": "workers: {}", "cell": "{}"}
+_LONG = 20  # rows: a table of what is only shown is folded where it has more
 
 _METHOD = {
     "balance": (
@@ -33,10 +48,14 @@ _METHOD = {
 
 @dataclass
 class _Part:
+    """A section of the page. folds: parts of their own, shut at first. notes: sentences, folded where there are many."""
+
     title: str
     text: str = ""
     plots: list[plots.Plot] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    folds: list[_Part] = field(default_factory=list)
 
 
 def render(records: Sequence[Record], comparisons: Sequence[Comparison] = ()) -> str:
@@ -60,10 +79,10 @@ def render(records: Sequence[Record], comparisons: Sequence[Comparison] = ()) ->
     kind = records[0].kind
     heading = _heading(records, comparisons)
     number = count()
-    for part in parts:
-        for place, one in enumerate(part.plots):
-            wide, narrow = (Markup(svg.replace(plots.OWN, f"p{next(number)}-")) for svg in one.svgs)
-            part.plots[place] = plots.Plot((wide, narrow), one.title, one.caption, one.alt)
+    for shown in [*parts, *(fold for part in parts for fold in part.folds)]:
+        shown.plots = [
+            replace(one, svgs=tuple(Markup(svg.replace(plots.OWN, f"p{next(number)}-")) for svg in one.svgs)) for one in shown.plots
+        ]
     return template.from_string((folder / "page.html.jinja").read_text("utf-8")).render(
         title=f"fdpass-bench {kind}: {heading}",
         kicker=f"fdpass-bench {kind}",
@@ -74,6 +93,7 @@ def render(records: Sequence[Record], comparisons: Sequence[Comparison] = ()) ->
         parts=parts,
         sources=[_source(record) for record in records],
         method=_METHOD[kind],
+        said={"worse", "better", *HOLDS.values()},
     )
 
 
@@ -86,7 +106,7 @@ def _heading(records: Sequence[Record], comparisons: Sequence[Comparison]) -> st
     servers = list(dict.fromkeys(str(run["strategy"]) for run in record.runs))
     scenarios = list(dict.fromkeys(str(run["scenario"]) for run in record.runs))
     what = "How connections are shared out" if len(servers) > 4 else f"{_and(servers)}, measured"
-    return f"{what}: {_and(scenarios)}"
+    return f"{what}: {_and(scenarios) if len(scenarios) <= 4 else f'{len(scenarios)} scenarios'}"
 
 
 def _and(words: Sequence[str]) -> str:
@@ -99,7 +119,11 @@ def _compared(comparison: Comparison) -> _Part:
         "figures are shown and not judged."
     )
     picture = plots.changes(comparison)
-    return _Part(f"{comparison.after.name} against {comparison.before.name}", text, [picture] if picture else [], [comparison.table()])
+    title, tables = f"{comparison.after.name} against {comparison.before.name}", comparison.tables
+    part = _Part(title, text, [picture] if picture else [], tables, list(comparison.turned))
+    if len(tables) > 1 and len(tables[-1].rows) > _LONG:
+        part.tables, part.folds = tables[:-1], [_Part(f"{len(tables[-1].rows)} figures that are not judged", tables=tables[-1:])]
+    return part
 
 
 def _parts(record: Record, named: str) -> list[_Part]:
@@ -115,31 +139,54 @@ def _parts(record: Record, named: str) -> list[_Part]:
             sentences = [str(one["sentence"]) for one in findings if one.get("sentence")]
             found.append(_Part(f"{named}Found besides", " ".join(f"{text[:1].upper()}{text[1:]}." for text in sentences)))
         return found
-    found = []
     colours = {name: number for number, name in enumerate(dict.fromkeys(str(run["strategy"]) for run in record.runs))}
-    sweep = plots.load_sweep(record.runs, colours)
-    if sweep:
-        found.append(_Part(f"{named}{sweep.title}", plots=[sweep]))
     # What has a latency says most: it comes first.
-    groups = sorted(grouped(record.runs), key=lambda runs: not any(run.get("latency_ms") for run in runs))
-    for runs in groups:
-        kept = any((run.get("requests_per_connection") or 1) > 1 for run in runs)
-        drawn = [
-            plots.latency_curves(runs, colours),
-            plots.per_worker(runs, colours),
-            plots.per_worker(runs, colours, "requests") if kept else None,
-            plots.over_time(runs, colours),
-            plots.stranded(runs, colours),
-            plots.scaling(runs, colours),
-            plots.outcomes(runs),
-        ]
-        only = Record(record.name, record.kind, {**record.data, "runs": runs})
-        counts = {run["connections"] * (run.get("repeats") or 1) for run in runs if run.get("connections")}
-        ends = [f"{count:,}".replace(",", " ") for count in (sorted(counts)[:: max(1, len(counts) - 1)] if counts else [])]
-        text = f"{' to '.join(ends)} connections for each server." if ends else ""
-        title = condition_of(runs[0])
-        found.append(_Part(f"{named}{title[0].upper()}{title[1:]}", text, [one for one in drawn if one], tables_of(only)))
-    return found
+    ordered = sorted(sections(record.runs), key=lambda section: not any(run.get("latency_ms") for run in section.runs))
+    return [_section(record, section, colours, named) for section in ordered]
+
+
+def _section(record: Record, section: Section, colours: Mapping[str, int], named: str) -> _Part:
+    title = f"{named}{section.title[0].upper()}{section.title[1:]}"
+    if section.axis is None:
+        part = _Part(
+            title, _size(section.runs), _drawn(section.runs, colours), tables_of_runs(section.runs), pairs_of(record, section.runs)
+        )
+        if course := plots.over_time(section.runs, colours):
+            # What was done to a worker is to be seen; without that it is a long picture of little.
+            if any(run.get("events") for run in section.runs):
+                part.plots.append(course)
+            else:
+                part.folds.append(_Part("Over time", plots=[course]))
+        return part
+    overview = plots.cells(section, colours) if section.axis == "cell" else plots.sweep(section, colours)
+    folds = []
+    for group in section.groups:
+        curves = plots.latency_curves(group, colours, small=True)
+        invalid = sum(run.get("valid") is False for run in group)
+        summary = _PLACE[section.axis].format(section.place_of(group)) + (f": {invalid} of {len(group)} INVALID" if invalid else "")
+        folds.append(
+            _Part(summary[:1].upper() + summary[1:], "", [curves] if curves else [], tables_of_runs(group), pairs_of(record, group))
+        )
+    return _Part(title, _size(section.runs), [overview] if overview else [], summaries(record, section), folds=folds)
+
+
+def _drawn(runs: Sequence[Mapping[str, Any]], colours: Mapping[str, int]) -> list[plots.Plot]:
+    kept = any((run.get("requests_per_connection") or 1) > 1 for run in runs)
+    drawn = [
+        plots.latency_curves(runs, colours),
+        plots.per_worker(runs, colours),
+        plots.per_worker(runs, colours, "requests") if kept else None,
+        plots.stranded(runs, colours),
+        plots.scaling(runs, colours),
+        plots.outcomes(runs),
+    ]
+    return [one for one in drawn if one]
+
+
+def _size(runs: Sequence[Mapping[str, Any]]) -> str:
+    counts = {run["connections"] * (run.get("repeats") or 1) for run in runs if run.get("connections")}
+    ends = [f"{count:,}".replace(",", " ") for count in (sorted(counts)[:: max(1, len(counts) - 1)] if counts else [])]
+    return f"{' to '.join(ends)} connections for each server." if ends else ""
 
 
 def _source(record: Record) -> dict[str, object]:

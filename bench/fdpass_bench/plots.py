@@ -14,10 +14,11 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from fdpass_bench.compare import Comparison
-from fdpass_bench.records import condition_of
+from fdpass_bench.records import Section, condition_of, place_on
 from fdpass_bench.tables import WHAT, figure, paid, unit_of
 
 # Building the cache of fonts, once, is nobody's news.
@@ -75,6 +76,7 @@ _STYLE: Any = {
 }
 _WIDE, _NARROW = 7.6, 3.9  # inches; a point is a pixel of the page
 _FIRST = 20.0  # percentile: below, a log axis would show little else
+_MANY_SERVERS = 3  # more names do not stand beside each other on a phone
 _MANY_WORKERS = 8  # more lines than that say nothing
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 _Run = Mapping[str, Any]
@@ -82,18 +84,20 @@ _Run = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Plot:
-    """`svgs`: wide, narrow. caption: how to read it. alt: in words, for who does not see it."""
+    """`svgs`: wide, narrow; or a small one for both. caption: how to read it. alt: in words, for who does not see it."""
 
-    svgs: tuple[str, str]
+    svgs: tuple[str, ...]
     title: str
     caption: str
     alt: str
 
 
-def _plot(title: str, caption: str, alt: str, height: float, draw: Callable[[Figure, bool], None], narrow_height: float = 0.0) -> Plot:
-    """draw(figure, narrow)."""
+def _plot(
+    title: str, caption: str, alt: str, height: float, draw: Callable[[Figure, bool], None], narrow_height: float = 0.0, small: bool = False
+) -> Plot:
+    """draw(figure, narrow). small: the narrow one alone."""
     svgs = []
-    for narrow in (False, True):
+    for narrow in (True,) if small else (False, True):
         with matplotlib.rc_context(_STYLE):
             drawn = Figure(
                 figsize=(_NARROW if narrow else _WIDE, (narrow_height or height * 0.95) if narrow else height), layout="constrained"
@@ -104,7 +108,7 @@ def _plot(title: str, caption: str, alt: str, height: float, draw: Callable[[Fig
             written = io.StringIO()
             drawn.savefig(written, format="svg", transparent=True, metadata={"Date": None})
         svgs.append(_for_the_page(written.getvalue(), title, alt))
-    return Plot((svgs[0], svgs[1]), title, caption, alt)
+    return Plot(tuple(svgs), title, caption, alt)
 
 
 def _for_the_page(svg: str, title: str, alt: str) -> str:
@@ -121,7 +125,38 @@ def _for_the_page(svg: str, title: str, alt: str) -> str:
     head, _, rest = svg.partition(">")
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     label = _escaped(f"{title}. {alt}")
-    return f'{head} role="img" aria-label="{label}">{rest}'.replace("\n", " ")
+    return f'{head} role="img" aria-label="{label}">{_shortened(rest)}'
+
+
+def _shortened(svg: str) -> str:
+    """The same to the eye in half the bytes: a tenth of a pixel is enough, and only what something refers to, or a legend, needs a name."""
+    svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
+    needed = set(re.findall(r"#([^\")]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in needed or "legend" in found[1] else "", svg)
+    svg = re.sub(r'(?<= )(x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), svg)
+    svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
+    return re.sub(r' d="([^"]*)"', lambda found: f' d="{_path(found[1])}"', svg)
+
+
+def _path(d: str) -> str:
+    """A path of lines; one with curves, as of a marker, stays in hundredths."""
+    if re.search("[CQ]", d):
+        return re.sub(r"(\.\d\d)\d+", r"\1", d).strip()
+    found, at, before = "", ("", ""), ""
+    for command, x, y in re.findall(r"([MLz]) ?(?:([-\d.e]+) ([-\d.e]+))?", d):
+        if command == "z":
+            found, before = found + "z", "z"
+            continue
+        here = tuple(f"{float(one):.1f}".removesuffix(".0") for one in (x, y))
+        if command == "L" and here == at:
+            continue
+        # Along an axis one number is enough, and a command need not be said again.
+        word, rest = ("V", here[1:]) if here[0] == at[0] else ("H", here[:1]) if here[1] == at[1] else (command, here)
+        if command == "M":
+            word, rest = "M", here
+        found += (" " if word == before != "M" else word) + " ".join(rest)
+        at, before = (here[0], here[1]), word
+    return found
 
 
 def _escaped(text: str) -> str:
@@ -170,8 +205,8 @@ def _name(run: _Run) -> str:
 # -------------------------------------------------------------------------------- latency
 
 
-def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
-    """Of runs under the same conditions; theory dashed beside each, and the bound of one queue."""
+def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int], small: bool = False) -> Plot | None:
+    """Of runs under the same conditions; theory dashed beside each, and the bound of one queue. small: one picture, for every width."""
     drawn = [run for run in runs if (run.get("latency_curve") or {}).get("ms")]
     if not drawn:
         return None
@@ -183,7 +218,7 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
 
     def draw(picture: Figure, narrow: bool) -> None:
         axes = picture.subplots()
-        furthest = 1.0
+        furthest, theories = 1.0, {}
         for run in drawn:
             curve, number = run["latency_curve"], colours[str(run["strategy"])] % len(COLOURS)
             points = [(place(p), ms) for p, ms in zip(curve["percentile"], curve["ms"], strict=False) if p >= _FIRST and ms > 0]
@@ -208,9 +243,9 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
                     color=COLOURS[number],
                     linestyle=(0, (4, 2)),
                     linewidth=1.3,
-                    alpha=0.85,
-                    label=f"theory: {(run.get('theory') or {}).get('discipline') or 'its queue'}, for {run['strategy']}",
+                    alpha=0.85 * faint,
                 )
+                theories["theory, in the server's colour"] = _theory_key()
         if bound and not all((run.get("theory") or {}).get("discipline") == "one queue" for run in drawn if run.get("theory")):
             axes.plot(
                 *_from_first(bound, "one_queue_ms", place),
@@ -226,17 +261,19 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | N
         axes.set_xlabel("percentile of requests (%)")
         axes.set_ylabel("latency (ms, log axis)")
         _log(axes, "y")
-        _legend(picture, _labelled(axes), narrow)
+        _legend(picture, _labelled(axes) | theories, narrow)
 
     known = [(_name(run), run.get("latency_ms") or {}) for run in drawn]
     said = "; ".join(f"{name}: median {figure(latency.get('p50'))} ms, p99 {figure(latency.get('p99'))} ms" for name, latency in known)
+    queues = [f"{run['strategy']}: {run['theory'].get('discipline')}" for run in drawn if (run.get("theory") or {}).get("latency_curve")]
     caption = (
         "Lower is better. So many per cent of the requests took no longer. The axis stretches the slowest: every step from 90 to "
-        "99 to 99.9 is as wide. Dashed: how long they would take by queueing theory, with the times these workers were occupied."
+        "99 to 99.9 is as wide. Dashed: how long they would take by queueing theory, with the times these workers were occupied "
+        f"({', '.join(queues)})."
         if bound
         else "Lower is better. Each point: so many per cent of the requests took no longer. The axis stretches the slowest."
     )
-    return _plot(f"Latency: {condition_of(drawn[0])}", caption, said, 4.6, draw, 5.0)
+    return _plot(f"Latency: {condition_of(drawn[0])}", caption, said, 4.6, draw, 5.0, small)
 
 
 def _from_first(curve: Mapping[str, Any], values: str, place: Callable[[float], float]) -> tuple[list[float], list[float]]:
@@ -244,76 +281,232 @@ def _from_first(curve: Mapping[str, Any], values: str, place: Callable[[float], 
     return [x for x, _ in points], [y for _, y in points]
 
 
-def load_sweep(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
-    """Mean latency by load (or by the number of workers), where a file has several that differ in nothing else."""
-    timed = [run for run in runs if (run.get("latency_ms") or {}).get("mean")]
-    axis = "load" if len({run.get("load") for run in timed if run.get("load")}) > 1 else "workers"
-    timed = [run for run in timed if run.get(axis)]
-    if len({run[axis] for run in timed}) < 2:
+def sweep(section: Section, colours: Mapping[str, int]) -> Plot | None:
+    """Mean and p99 latency, or of `stall` the share delayed, by the axis of a sweep, with theory where it is known.
+
+    What is INVALID is hollow and crossed out, and no line goes through it."""
+    by_server: dict[str, list[_Run]] = {}
+    for run in section.runs:
+        by_server.setdefault(str(run["strategy"]), []).append(run)
+    shown = next((panels for panels in _SWEPT if any(value(run) is not None for run in section.runs for _, value, *_ in panels)), None)
+    axis = section.axis
+    if axis is None or axis == "cell" or shown is None:
         return None
-    # Only what has several places is a line.
-    lines: dict[tuple[Any, ...], list[_Run]] = {}
-    for run in timed:
-        rest = (run["scenario"], run.get("workers") if axis == "load" else run.get("load"), run.get("requests_per_connection"))
-        lines.setdefault((str(run["strategy"]), *rest), []).append(run)
-    lines = {key: sorted(line, key=lambda run: float(run[axis])) for key, line in lines.items() if len(line) > 1}
-    if not lines:
-        return None
-    several = len({key[1:] for key in lines}) > 1
 
     def draw(picture: Figure, narrow: bool) -> None:
-        axes = picture.subplots()
-        bound_drawn = False
-        for key, line in lines.items():
-            number = colours[key[0]] % len(COLOURS)
-            at = [float(run[axis]) for run in line]
-            means = [run["latency_ms"]["mean"] for run in line]
-            ends = [(run.get("ci") or {}).get("mean_ms") or [mean, mean] for run, mean in zip(line, means, strict=True)]
-            spread = [[max(0.0, mean - end[0]) for mean, end in zip(means, ends, strict=True)]]
-            spread += [[max(0.0, end[1] - mean) for mean, end in zip(means, ends, strict=True)]]
-            label = key[0] + (f", {key[1]}" + (f", {key[2]} workers" if axis == "load" else "") if several else "")
-            axes.errorbar(
-                at,
-                means,
-                yerr=spread,
-                color=COLOURS[number],
-                marker=_MARKERS[number],
-                linestyle=_DASHES[number],
-                capsize=3,
-                label=label,
-                zorder=3,
-            )
-            hollow = [(x, mean) for x, mean, run in zip(at, means, line, strict=True) if run.get("valid") is False]
-            if hollow:
-                style: Any = {"marker": _MARKERS[number], "linestyle": "none", "markerfacecolor": _PAPER, "markeredgewidth": 1.6}
-                axes.plot(*zip(*hollow, strict=True), **style, color=COLOURS[number], zorder=4, label=f"{key[0]}: INVALID")
-            predicted = [
-                (place, theory["latency_ms"]["mean"])
-                for run, place in zip(line, at, strict=True)
-                if (theory := run.get("theory")) and (theory.get("latency_ms") or {}).get("mean")
-            ]
-            if predicted:
-                axes.plot(
-                    *zip(*predicted, strict=True), color=COLOURS[number], linestyle=(0, (4, 2)), linewidth=1.2, label=f"theory for {key[0]}"
-                )
-            bounds = [
-                (place, theory["one_queue_ms"]["mean"])
-                for run, place in zip(line, at, strict=True)
-                if (theory := run.get("theory")) and (theory.get("one_queue_ms") or {}).get("mean")
-            ]
-            if bounds and not bound_drawn and (line[0].get("theory") or {}).get("discipline") != "one queue":
-                axes.plot(*zip(*bounds, strict=True), color=_FAINT, linestyle=(0, (1, 1.5)), label="bound: one queue")
-                bound_drawn = True
-        axes.set_xlabel("load (share of what the workers can do)" if axis == "load" else "workers (number of processes)")
-        axes.set_ylabel("mean latency (ms, log axis)")
-        _log(axes, "y")
-        _legend(picture, _labelled(axes), narrow)
+        panels = picture.subplots(*((len(shown), 1) if narrow else (1, len(shown))), sharex=True, squeeze=False).flatten()
+        used: dict[str, Any] = {}
+        for axes, (name, value, interval, theory) in zip(panels, shown, strict=True):
+            bound_of: dict[float, float] = {}
+            for server, runs in by_server.items():
+                number = colours[server] % len(COLOURS)
+                at = [place_on(axis, run) for run in runs]
+                _swept(axes, at, runs, number, (value, interval), server, used)
+                known = [(x, one) for x, run in zip(at, runs, strict=True) if run.get("valid") is not False for one in [theory(run)]]
+                predicted = [(x, found) for x, (found, _) in known if found is not None]
+                bound_of |= {x: bound for x, (_, bound) in known if bound is not None and x not in bound_of}
+                if predicted:
+                    axes.plot(*zip(*predicted, strict=True), color=COLOURS[number], linestyle=(0, (4, 2)), linewidth=1.3, alpha=0.85)
+                    used.setdefault("theory, in the server's colour", _theory_key())
+            disciplines = {(run.get("theory") or {}).get("discipline") for run in section.runs if run.get("theory")}
+            if bound_of and disciplines != {"one queue"}:
+                (handle,) = axes.plot(*zip(*sorted(bound_of.items()), strict=True), color=_FAINT, linestyle=(0, (1, 1.5)), linewidth=1.5)
+                used.setdefault("split queues: 1/k" if shown is _STALLED else "bound: one queue for all workers", handle)
+            axes.set_ylabel(name)
+            if axis == "workers":
+                axes.set_xscale("log", base=2)
+            places = sorted({place_on(axis, run) for run in section.runs})
+            axes.xaxis.set_major_locator(FixedLocator(places))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:.3g}"))
+            if "log" in name:
+                _log(axes, "y")
+            else:
+                axes.set_ylim(bottom=0)
+        for axes in panels if not narrow else panels[-1:]:
+            axes.set_xlabel(_AXES[axis])
+        last = [name for name in used if name not in by_server]
+        _legend(
+            picture, {name: used[name] for name in [*(name for name in by_server if name in used), *sorted(last, reverse=True)]}, narrow
+        )
 
-    caption = "Lower is better. Bars: the 95 % interval of the mean. Dashed: queueing theory, with the times these workers were occupied."
+    value = shown[0][1]
+    several = " and ".join(one[0].partition(" (")[0] for one in shown)
+    invalid = any(run.get("valid") is False for run in section.runs)
+    caption = "Lower is better. Bars: the 95 % interval of the mean. " if shown is _TIMED else "Lower is better. "
+    if any(run.get("theory") for run in section.runs):
+        caption += "Dashed: queueing theory, with the times these workers were occupied. "
+    caption += "Hollow and crossed: INVALID, and no line goes through it." if invalid else ""
     said = "; ".join(
-        f"{key[0]}: " + ", ".join(f"{figure(run['latency_ms']['mean'])} ms at {run[axis]:g}" for run in line) for key, line in lines.items()
+        f"{server}: "
+        + ", ".join(f"{figure(value(run))} at {section.place_of([run])}" + _invalid(run) for run in runs if value(run) is not None)
+        for server, runs in by_server.items()
     )
-    return _plot(f"Mean latency by {axis}", caption, said, 4.4, draw, 4.8)
+    return _plot(f"{several[:1].upper()}{several[1:]} by {axis}", caption.strip(), said, 3.9, draw, 2.0 + 2.4 * len(shown))
+
+
+_AXES = {"load": "load (share of what they can do)", "rate": "rate (connections per second)", "workers": "workers (processes, log axis)"}
+
+
+def _invalid(run: _Run) -> str:
+    return " (INVALID)" if run.get("valid") is False else ""
+
+
+def _theory_key() -> Line2D:
+    return Line2D([], [], color=_INK, linestyle=(0, (4, 2)), linewidth=1.3)
+
+
+def _swept(
+    axes: Axes,
+    at: Sequence[float],
+    runs: Sequence[_Run],
+    number: int,
+    of: tuple[Callable[[_Run], float | None], Callable[[_Run], Sequence[float] | None]],
+    label: str,
+    used: dict[str, Any],
+) -> None:
+    """One server's points: those that are valid joined where nothing INVALID lies between them."""
+    value, interval = of
+    values = [value(run) for run in runs]
+    valid = [found is not None and run.get("valid") is not False for run, found in zip(runs, values, strict=True)]
+    nothing = math.nan
+    line = [found if good and found is not None else nothing for found, good in zip(values, valid, strict=True)]
+    style: dict[str, Any] = {"color": COLOURS[number], "marker": _MARKERS[number], "markersize": 5.5}
+    (handle,) = axes.plot(at, line, **style, label=label, zorder=3)
+    used.setdefault(label, handle)
+    for x, run, found, good in zip(at, runs, values, valid, strict=True):
+        ends = interval(run)
+        if good and found is not None and ends and len(ends) == 2:
+            axes.errorbar([x], [found], yerr=[[max(0.0, found - ends[0])], [max(0.0, ends[1] - found)]], color=COLOURS[number], capsize=3)
+        if found is not None and not good:
+            _cross_out(axes, x, found, number, used)
+
+
+def _cross_out(axes: Axes, x: float, y: float, number: int, used: dict[str, Any]) -> None:
+    """A value of an INVALID run."""
+    axes.plot(
+        [x], [y], linestyle="none", color=COLOURS[number], marker=_MARKERS[number], markersize=6.5, markerfacecolor=_PAPER,
+        markeredgewidth=1.4, zorder=4,
+    )  # fmt: skip
+    (cross,) = axes.plot([x], [y], linestyle="none", color=_INK, marker="x", markersize=9, markeredgewidth=1.1, zorder=5)
+    used.setdefault("INVALID", cross)
+
+
+def _latency(name: str) -> Callable[[_Run], float | None]:
+    def value(run: _Run) -> float | None:
+        return (run.get("latency_ms") or {}).get(name) or None
+
+    return value
+
+
+def _predicted(name: str) -> Callable[[_Run], tuple[float | None, float | None]]:
+    def value(run: _Run) -> tuple[float | None, float | None]:
+        theory = run.get("theory") or {}
+        return (theory.get("latency_ms") or {}).get(name) or None, (theory.get("one_queue_ms") or {}).get(name) or None
+
+    return value
+
+
+def _hundred(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+#: The panels of a sweep: what its axis says, a run's value, its interval, and what theory says of it and of the bound.
+_Panel = tuple[
+    str,
+    Callable[[_Run], float | None],
+    Callable[[_Run], Sequence[float] | None],
+    Callable[[_Run], tuple[float | None, float | None]],
+]
+_TIMED: Sequence[_Panel] = (
+    ("mean latency (ms, log axis)", _latency("mean"), lambda run: (run.get("ci") or {}).get("mean_ms"), _predicted("mean")),
+    ("p99 latency (ms, log axis)", _latency("p99"), lambda run: None, _predicted("p99")),
+)
+_STALLED: Sequence[_Panel] = (
+    (
+        "delayed while a worker was frozen (% of those that arrived)",
+        lambda run: _hundred(run.get("delayed_share")),
+        lambda run: None,
+        lambda run: (None, _hundred(run.get("delayed_share_split"))),
+    ),
+)
+_SHARED: Sequence[_Panel] = (
+    ("largest share over the mean (ratio)", lambda run: run.get("max_over_mean"), lambda run: None, lambda run: (None, None)),
+)
+_SWEPT = (_TIMED, _STALLED, _SHARED)
+
+
+def cells(section: Section, colours: Mapping[str, int]) -> Plot | None:
+    """Small multiples of a matrix: mean with its interval, p99, theory, for each server in each case at each load."""
+    timed = [run for run in section.runs if _latency("mean")(run)]
+    if section.axis != "cell" or not timed:
+        return None
+    cases = list(dict.fromkeys(str(run["case"]) for run in section.runs))
+    levels = list(dict.fromkeys(str(run.get("level") or "-") for run in section.runs))
+    servers = [name for name in colours if any(run["strategy"] == name for run in section.runs)]
+
+    def draw(picture: Figure, narrow: bool) -> None:
+        grid = picture.subplots(len(cases), len(levels), sharex=True, sharey="row", squeeze=False)
+        used: dict[str, Any] = {}
+        for row, case in enumerate(cases):
+            for column, level in enumerate(levels):
+                axes = grid[row][column]
+                here = [run for run in timed if run["case"] == case and str(run.get("level") or "-") == level]
+                for run in here:
+                    _in_a_cell(axes, servers.index(str(run["strategy"])), run, colours[str(run["strategy"])] % len(COLOURS), used)
+                axes.set_xlim(-0.7, len(servers) - 0.3)
+                axes.set_xticks([])
+                axes.grid(False, axis="x")
+                if not row:
+                    load = next((run.get("load") for run in here), None)
+                    axes.set_title(
+                        level + ("" if load is None else f"{chr(10) if narrow else ', '}load {load:.2g}"), fontsize=9 if narrow else 10
+                    )
+                if not column:
+                    axes.set_ylabel(_wrapped(case.replace("-", " "), 6) if narrow else case, fontsize=9 if narrow else 10)
+            _log(grid[row][0], "y")
+            for axes in grid[row][1:]:
+                axes.tick_params(axis="y", length=0)
+        picture.supylabel("latency (ms, log axis)", fontsize=9 if narrow else 10)
+        order = [*servers, "99th percentile", "theory: mean", "INVALID"]
+        _legend(picture, {name: used[name] for name in order if name in used}, narrow)
+
+    caption = (
+        "Lower is better; each row has an axis of its own, and the servers stand in the order of the legend. "
+        "The mark is the mean with its 95 % interval, the line ends at the 99th percentile. "
+        "The short line across is the mean by queueing theory, where the server's way of queueing is known."
+    )
+    if any(run.get("valid") is False for run in timed):
+        caption += " Hollow and crossed: INVALID."
+    said = "; ".join(
+        f"{run['case']}, {run.get('level')}, {run['strategy']}: "
+        f"mean {figure(_latency('mean')(run))} ms, p99 {figure(_latency('p99')(run))} ms" + _invalid(run)
+        for run in timed
+    )
+    return _plot("Mean and p99 latency of each case at each load", caption, said, 1.4 + 1.75 * len(cases), draw, 2.2 + 1.5 * len(cases))
+
+
+def _in_a_cell(axes: Axes, x: float, run: _Run, number: int, used: dict[str, Any]) -> None:
+    colour, mean, tail = COLOURS[number], _latency("mean")(run) or 0.0, _latency("p99")(run)
+    valid = run.get("valid") is not False
+    if tail:
+        axes.plot([x, x], [mean, tail], color=colour, linewidth=1.2, alpha=1.0 if valid else 0.5)
+        axes.plot([x], [tail], color=colour, marker="_", markersize=8, markeredgewidth=1.5, linestyle="none", alpha=1.0 if valid else 0.5)
+        used.setdefault("99th percentile", Line2D([], [], color=_INK, marker="_", markersize=8, markeredgewidth=1.5, linestyle="none"))
+    if not valid:
+        _cross_out(axes, x, mean, number, used)
+    else:
+        (predicted, _) = _predicted("mean")(run)
+        if predicted:
+            axes.plot([x - 0.38, x + 0.38], [predicted, predicted], color=_INK, linewidth=1.2, zorder=2)
+            used.setdefault("theory: mean", Line2D([], [], color=_INK, linewidth=1.2))
+        ends = (run.get("ci") or {}).get("mean_ms")
+        if ends and len(ends) == 2:
+            spread = [[max(0.0, mean - ends[0])], [max(0.0, ends[1] - mean)]]
+            axes.errorbar([x], [mean], yerr=spread, color=colour, capsize=3, linestyle="none")
+        axes.plot([x], [mean], color=colour, marker=_MARKERS[number], markersize=5.5, linestyle="none", zorder=3)
+    key = Line2D([], [], color=colour, marker=_MARKERS[number], markersize=5.5, linewidth=1.2)
+    used.setdefault(str(run["strategy"]), key)
 
 
 # -------------------------------------------------------------------------------- workers
@@ -326,6 +519,7 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
     if not drawn:
         return None
     title = f"{what.capitalize()} per worker: {condition_of(drawn[0])}"
+    crowded = len(drawn) > _MANY_SERVERS
 
     def draw(picture: Figure, narrow: bool) -> None:
         axes = picture.subplots()
@@ -345,23 +539,25 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
                 zorder=3,
             )
             ratio = run.get("max_over_mean" if what == "connections" else "requests_max_over_mean")
-            below = "" if ratio is None else f"max/mean {ratio:.2f}"
-            middles.append(
-                ((places[0] + places[-1]) / 2, f"{_wrapped(_name(run), 12)}\n{_wrapped(below, 9) if narrow else below}".rstrip())
-            )
+            if crowded and narrow:
+                middles.append(((places[0] + places[-1]) / 2, "" if ratio is None else f"{ratio:.2f}"))
+            else:
+                below = "" if ratio is None else f"max/mean {ratio:.2f}"
+                text = f"{_wrapped(_name(run), 12)}\n{_wrapped(below, 9) if narrow else below}"
+                middles.append(((places[0] + places[-1]) / 2, text.rstrip()))
             at = places[-1] + 2.2
         axes.xaxis.set_major_locator(FixedLocator([place for place, _ in middles]))
         axes.set_xticklabels([label for _, label in middles], fontsize=8.5 if narrow else 9.5)
         axes.grid(False, axis="x")
         axes.tick_params(axis="x", length=0)
-        axes.set_xlabel("worker (one bar each, by server)")
+        axes.set_xlabel("worker (one bar each); below: max/mean" if crowded and narrow else "worker (one bar each, by server)")
         axes.set_ylabel(f"{what} (number)")
         axes.set_ylim(bottom=0)
         _legend(picture, _labelled(axes), narrow)
 
     said = "; ".join(f"{_name(run)}: {min(run[key])} to {max(run[key])}" for run in drawn)
     caption = "Evener is better. Under each server the largest share over the mean: 1.00 is perfectly even."
-    return _plot(title, caption, said, 3.3, draw, 3.8)
+    return _plot(title, caption, said, 3.3, draw, 3.4 + 0.15 * len(drawn))
 
 
 _MARKS = {
@@ -517,7 +713,7 @@ def stranded(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
                 va="center",
             )
         if split is not None:
-            axes.axvline(100 * split, color=_INK, linewidth=1.3, linestyle=(0, (4, 2)), label="one queue of k (1/k)")
+            axes.axvline(100 * split, color=_INK, linewidth=1.3, linestyle=(0, (4, 2)), label="split queues: 1/k")
         axes.set_yticks(range(len(drawn)), [_wrapped(_name(run), 14) if narrow else _name(run) for run in reversed(drawn)])
         axes.grid(False, axis="y")
         axes.set_xlim(0, max(5.0, *(112 * run["delayed_share"] for run in drawn), 112 * (split or 0)))
@@ -693,6 +889,8 @@ def changes(comparison: Comparison) -> Plot | None:
     if not drawn:
         return None
     kinds = {"worse": 1, "better": 2, "no difference": 0}
+    several = len({change.measure for change in drawn}) > 1
+    longest = max(len(comparison.short(change)) + len(change.measure) * several for change in drawn)
     title = f"{comparison.after.name} over {comparison.before.name}"
 
     def draw(picture: Figure, narrow: bool) -> None:
@@ -708,14 +906,15 @@ def changes(comparison: Comparison) -> Plot | None:
                     color=COLOURS[number], label=kind,
                 )  # fmt: skip
         axes.axvline(1, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label="the same")
-        labels = [f"{change.run}: {change.measure}" for change in reversed(drawn)]
-        axes.set_yticks(range(len(drawn)), [_wrapped(label, 22 if narrow else 46) for label in labels], fontsize=8 if narrow else 9)
+        labels = [comparison.short(change) + (f": {change.measure}" if several else "") for change in reversed(drawn)]
+        axes.set_yticks(range(len(drawn)), [_wrapped(label, 26 if narrow else 60) for label in labels], fontsize=7.5 if narrow else 9)
         axes.set_ylim(-0.7, len(drawn) - 0.3)
-        axes.set_xlabel("after over before (ratio, log axis)")
+        what = "" if several else drawn[0].measure.removesuffix(", ms") + ", "
+        axes.set_xlabel(f"{what}after / before (ratio)" if narrow else f"{what}after over before (ratio, log axis)")
         axes.set_ylabel("" if narrow else "run")
         _log(axes, "x")
         _legend(picture, _labelled(axes), narrow)
 
     caption = "1 is no change. Bars: the 95 % interval of each by itself; the verdict allows for their number."
     said = "; ".join(change.sentence for change in drawn)
-    return _plot(title, caption, said, 1.7 + 0.42 * len(drawn), draw, 2.1 + 0.6 * len(drawn))
+    return _plot(title, caption, said, 1.7 + 0.3 * len(drawn), draw, 2.1 + (0.16 + 0.13 * math.ceil(longest / 24)) * len(drawn))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ _NUMBER = (int, float)
 #: What is read of a run, and its type; each key may be absent or null.
 _OF_A_RUN: Mapping[str, Any] = {
     "work": {str: object},
+    "case": str,
+    "level": str,
     "workers": int,
     "connections": int,
     "repeats": int,
@@ -24,6 +26,7 @@ _OF_A_RUN: Mapping[str, Any] = {
     "requests_per_worker": [int],
     "requests_per_connection": int,
     "max_over_mean": _NUMBER,
+    "hash_max_over_mean": _NUMBER,
     "requests_max_over_mean": _NUMBER,
     "jain": _NUMBER,
     "switches_per_connection": _NUMBER,
@@ -75,7 +78,19 @@ _OF_A_THEORY: Mapping[str, Any] = {
 }
 _OF_AN_EVENT: Mapping[str, Any] = {"repeat": int, "at_seconds": _NUMBER, "until_seconds": _NUMBER, "what": str, "worker": int}
 _OF_A_SERIES: Mapping[str, Any] = {"repeat": int, "bin_seconds": _NUMBER, "per_worker": [[int]]}
-_OF_A_COMPARISON: Mapping[str, Any] = {"sentence": str}
+_OF_A_COMPARISON: Mapping[str, Any] = {
+    "sentence": str,
+    **dict.fromkeys(("first", "second", "scenario", "case", "level"), str),
+    "workers": int,
+    **dict.fromkeys(("load", "mean_ratio"), _NUMBER),
+    "ci": [_NUMBER],
+}
+_OF_A_RANKING: Mapping[str, Any] = {
+    **dict.fromkeys(("case", "level", "measure", "sentence"), str),
+    **{side: {str: str} for side in ("first", "second")},
+    **{figures: [_NUMBER] for figures in ("published_ms", "here_ms", "ci")},
+    "holds": bool,
+}
 _OF_THE_WHOLE: Mapping[str, Any] = {
     "environment": {str: object},
     "work": {str: object},
@@ -83,6 +98,8 @@ _OF_THE_WHOLE: Mapping[str, Any] = {
     "calibration": {str: object},
     "ideals": {str: {str: object}},
     "studies": [{str: object}],
+    "comparisons": [{str: object}],
+    "rankings": [{str: object}],
 }
 _OF_THE_ENVIRONMENT: Mapping[str, Any] = {
     "command": [str],
@@ -121,6 +138,28 @@ class Record:
     @property
     def work(self) -> Mapping[str, Any]:
         return self.data.get("work") or {}
+
+    @property
+    def rankings(self) -> list[Mapping[str, Any]]:
+        """Of `matrix`: published orders of two servers, and whether they hold."""
+        return list(self.data.get("rankings") or [])
+
+    @property
+    def pairs(self) -> list[Mapping[str, Any]]:
+        """Comparisons of two servers, each with all that its loop is known by."""
+        found: list[Mapping[str, Any]] = []
+        for study in self.data.get("studies") or []:
+            work = study.get("work") or {}
+            known = {key: work.get(key) for key in ("scenario", "workers", "case", "level")} | {"work": work}
+            found += [{**known, **one} for one in study.get("comparisons") or []]
+        return found or list(self.data.get("comparisons") or [])
+
+    @property
+    def answered_at_once(self) -> list[float]:
+        """Mean latencies of the server that answers at once, in milliseconds: one of each loop."""
+        studies = self.data.get("studies") or [self.data]
+        means = [((study.get("calibration") or {}).get("latency_ms") or {}).get("mean") for study in studies]
+        return [mean for mean in means if isinstance(mean, int | float)]
 
     @property
     def environment(self) -> Mapping[str, Any]:
@@ -169,9 +208,14 @@ def record(data: Any, name: str) -> Record:
         raise RecordError(f"{name} has schema {data['schema']!r}; this version of fdpass-bench knows schema {SCHEMA}")
     _check(data, _OF_THE_WHOLE, name)
     _check(data.get("environment") or {}, _OF_THE_ENVIRONMENT, f"{name}: environment")
+    for number, one in enumerate([data, *(data.get("studies") or [])]):
+        where = f"{name}: study {number}" if number else name
+        _check(one, {"calibration": {str: object}, "work": {str: object}, "comparisons": [{str: object}]}, where)
+        _check_all(one.get("comparisons") or [], _OF_A_COMPARISON, f"{where}: comparison")
+        _check(one.get("calibration") or {}, {"latency_ms": {str: _NUMBER}}, f"{where}: calibration")
     if isinstance(data.get("runs"), list):
         _check_runs(data["runs"], name)
-        _check_all(data.get("comparisons", []), _OF_A_COMPARISON, f"{name}: comparison")
+        _check_all(data.get("rankings") or [], _OF_A_RANKING, f"{name}: ranking")
         return Record(name, "balance", data)
     if isinstance(data.get("rows"), list):
         _check_rows(data["rows"], name)
@@ -232,7 +276,7 @@ def _is(value: Any, kind: Any) -> bool:
     if isinstance(kind, dict):
         ((_, of),) = kind.items()
         return isinstance(value, dict) and all(one is None or _is(one, of) for one in value.values())
-    return isinstance(value, kind) and not (isinstance(value, bool) and kind is not object)
+    return isinstance(value, kind) and not (isinstance(value, bool) and kind not in (object, bool))
 
 
 # -------------------------------------------------------------------------------- what a run is called
@@ -245,21 +289,35 @@ def asked(run: Mapping[str, Any]) -> int | None:
 
 def conditions(run: Mapping[str, Any]) -> tuple[Any, ...]:
     """What runs must have in common to stand in one table."""
-    return run["scenario"], run.get("workers"), run.get("load"), asked(run), run.get("requests_per_connection")
+    cell = (run.get("case"), run.get("level"))
+    rate = run.get("load") or rate_of(run)
+    return run["scenario"], *cell, run.get("workers"), rate, asked(run), run.get("requests_per_connection")
+
+
+def rate_of(run: Mapping[str, Any]) -> float | None:
+    """Connections per second that were asked for."""
+    rate = (run.get("work") or {}).get("rate")
+    return rate if isinstance(rate, int | float) else None
 
 
 def condition_of(run: Mapping[str, Any]) -> str:
-    """ "steady, load 0.7, 4 workers"."""
-    parts = [run["scenario"]]
-    if run.get("load"):
+    """ "steady, load 0.7, 4 workers"; "matrix, many-cheap, heavy, 4 workers", where the cell says the load and how many requests."""
+    parts = [run["scenario"], *(run[name] for name in ("case", "level") if run.get(name))]
+    if run.get("case"):
+        pass
+    elif run.get("load"):
         parts.append(f"load {run['load']:.2g}")
-    elif run.get("offered_per_s"):
-        parts.append(f"{run['offered_per_s']:.4g} connections/s")
+    elif rate := rate_of(run) or run.get("offered_per_s"):
+        parts.append(f"{rate:.4g} connections/s")
     if run.get("workers") and run.get("server") != "target":
-        parts.append(f"{run['workers']} worker{'s' if run['workers'] > 1 else ''}")
-    if (run.get("requests_per_connection") or 1) > 1:
+        parts.append(_workers(run))
+    if (run.get("requests_per_connection") or 1) > 1 and not run.get("case"):
         parts.append(f"{run['requests_per_connection']} requests per connection")
     return ", ".join(parts)
+
+
+def _workers(run: Mapping[str, Any]) -> str:
+    return f"{run['workers']} worker{'s' if run['workers'] > 1 else ''}"
 
 
 def title_of(run: Mapping[str, Any]) -> str:
@@ -268,7 +326,88 @@ def title_of(run: Mapping[str, Any]) -> str:
 
 def grouped(runs: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Runs under the same conditions, each in the order of the file."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    return _by(runs, conditions)
+
+
+Axis = Literal["load", "rate", "workers", "cell"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs of one scenario: `groups` of them under the same conditions, which differ in `axis` alone, in its order; "cell" is the case and
+    the level of matrix, in the file's order; None where there is one group."""
+
+    axis: Axis | None
+    groups: list[list[Mapping[str, Any]]]
+
+    @property
+    def runs(self) -> list[Mapping[str, Any]]:
+        return [run for group in self.groups for run in group]
+
+    @property
+    def title(self) -> str:
+        """ "steady, 4 workers: load 0.3 to 0.9"."""
+        first, last = self.groups[0][0], self.groups[-1][0]
+        if self.axis is None:
+            return condition_of(first)
+        rated = ("load", "work", "offered_per_s")
+        if self.axis == "cell":
+            return f"{condition_of(_without(first, 'case', 'level', 'requests_per_connection', *rated))}: all cells"
+        if self.axis == "workers":
+            # At one rate each number of workers has another load.
+            loads = {group[0].get("load") for group in self.groups}
+            return (
+                f"{condition_of(_without(first, 'workers', *(['load'] if len(loads) > 1 else [])))}: {first['workers']} to {_workers(last)}"
+            )
+        ends = f"{place_on(self.axis, first):.4g} to {place_on(self.axis, last):.4g}"
+        return f"{condition_of(_without(first, *rated))}: {f'load {ends}' if self.axis == 'load' else f'{ends} connections/s'}"
+
+    def place_of(self, group: Sequence[Mapping[str, Any]]) -> str:
+        """What is particular about a group: "0.3", "4", "many-cheap, light"."""
+        run = group[0]
+        if self.axis is None:
+            return condition_of(run)
+        return f"{run['case']}, {run.get('level') or '-'}" if self.axis == "cell" else f"{place_on(self.axis, run):.4g}"
+
+
+def place_on(axis: Axis, run: Mapping[str, Any]) -> float:
+    """Of a run of a section with that axis, which is no cell."""
+    return float((rate_of(run) if axis == "rate" else run.get(axis)) or 0)
+
+
+def _without(run: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in keys}
+
+
+def sections(runs: Iterable[Mapping[str, Any]]) -> list[Section]:
+    """All runs, each once. A sweep of loads, of rates, or of workers at the same load or rate, is one section, and so is a matrix."""
+    found = []
+    for same in _by(runs, lambda run: (run["scenario"], None if run.get("case") else run.get("requests_per_connection"))):
+        if same[0].get("case"):
+            found.append(Section("cell", grouped(same)))
+            continue
+        left = []
+        for of_workers in _by(same, lambda run: run.get("workers")):
+            places = _by(of_workers, lambda run: run.get("load") or rate_of(run))
+            axis: Axis = "load" if all(group[0].get("load") for group in places) else "rate"
+            if len(places) > 1 and all(place_on(axis, group[0]) for group in places):
+                found.append(Section(axis, sorted(places, key=lambda group: place_on(axis, group[0]))))
+            else:
+                left += of_workers
+        groups = grouped(left)
+        counts = [group[0].get("workers") for group in groups]
+        # At one rate each number of workers has another load.
+        loads, rates = ({of(group[0]) for group in groups} for of in (lambda run: run.get("load"), rate_of))
+        alike = len(loads) == 1 or (len(rates) == 1 and None not in rates)
+        if len(groups) > 1 and all(counts) and len(set(counts)) == len(groups) and alike:
+            found.append(Section("workers", sorted(groups, key=lambda group: place_on("workers", group[0]))))
+        else:
+            found += [Section(None, [group]) for group in groups]
+    return found
+
+
+def _by(runs: Iterable[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], Any]) -> list[list[Mapping[str, Any]]]:
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
     for run in runs:
-        groups.setdefault(conditions(run), []).append(run)
+        groups.setdefault(key(run), []).append(run)
     return list(groups.values())
