@@ -9,7 +9,7 @@ from fdpass_bench import loaded, longlived, sharing
 from fdpass_bench.runs import SCENARIOS, Plan, Run, Unmeasurable
 from fdpass_bench.strategy import Strategy
 
-__all__ = ["SCENARIOS", "Plan", "Run", "Strategy", "measure_run"]
+__all__ = ["SCENARIOS", "Plan", "Run", "Strategy", "expected_seconds", "measure_run"]
 
 _PLAYS = {
     "idle": sharing.play,
@@ -20,6 +20,18 @@ _PLAYS = {
     "long-lived": longlived.play,
     "scale-out": loaded.scale_out,
 }
+
+
+_TAKE = {
+    **dict.fromkeys(("idle", "burst", "kill"), sharing.expected_seconds),
+    **dict.fromkeys(("stall", "rolling", "scale-out"), loaded.expected_seconds),
+    "long-lived": longlived.expected_seconds,
+}
+
+
+def expected_seconds(plan: Plan) -> float:
+    """That measure_run() takes, about."""
+    return _TAKE[plan.scenario](plan)
 
 
 def measure_run(plan: Plan, ended: Callable[[int], None]) -> Run:
