@@ -63,7 +63,8 @@ FLOORS = [
     {"fdpass_bench.balance", "fdpass_bench.matrix"},
     {"fdpass_bench.sweep_tables"},
     {"fdpass_bench.report"},
-    {"fdpass_bench.campaign", "fdpass_bench.doctor", "fdpass_bench.publish", "fdpass_bench.who"},
+    {f"fdpass_bench.{name}" for name in ("campaign", "doctor", "progress", "publish", "who")},
+    {"fdpass_bench.checkpoint"},
     {"fdpass_bench.cli"},
     {"fdpass_bench.__main__"},
 ]

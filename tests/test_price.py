@@ -167,7 +167,7 @@ def test_an_interrupt_shows_what_was_measured_and_leaves_nothing(tmp_path: Path,
     with running(*arguments, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
         # The descriptors are a matter of a second, the others of ten: these are under way.
         lines = [process.stderr.readline() for _ in range(5)]
-        assert all(line.endswith("measured\n") for line in lines), lines
+        assert all(re.search(r": measured; .* left\n", line) for line in lines), lines
         everybody = children_of(process, 2) + psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: all of them get it
         out, err = process.communicate()

@@ -145,6 +145,7 @@ def test_an_interrupt_shows_what_was_measured(tmp_path: Path, number: int) -> No
     ) as process:
         try:
             assert process.stderr is not None
+            assert process.stderr.readline().startswith("This takes about ")
             assert process.stderr.readline().startswith("1/1000 steady, shared")
             process.send_signal(number)
             out, err = process.communicate()

@@ -9,7 +9,7 @@ from fdpass_bench import loaded, longlived, sharing
 from fdpass_bench.peers import PeerError
 from fdpass_bench.runs import Plan, Run, Unmeasurable
 
-__all__ = ["Plan", "Run", "measure_run"]
+__all__ = ["Plan", "Run", "expected_seconds", "measure_run"]
 
 _PLAYS = {
     "idle": sharing.play,
@@ -20,6 +20,18 @@ _PLAYS = {
     "long-lived": longlived.play,
     "scale-out": loaded.scale_out,
 }
+
+
+_TAKE = {
+    **dict.fromkeys(("idle", "burst", "kill"), sharing.expected_seconds),
+    **dict.fromkeys(("stall", "rolling", "scale-out"), loaded.expected_seconds),
+    "long-lived": longlived.expected_seconds,
+}
+
+
+def expected_seconds(plan: Plan) -> float:
+    """That measure_run() takes, about."""
+    return _TAKE[plan.scenario](plan)
 
 
 def measure_run(plan: Plan, ended: Callable[[int], None]) -> Run:

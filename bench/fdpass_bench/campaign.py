@@ -3,14 +3,18 @@ It measures nothing by itself, and prints nothing."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, TypeAlias
 
 from fdpass_bench import figures, report, steady
-from fdpass_bench.balance import Plan, Run, measure_run
+from fdpass_bench.balance import Plan, Run, expected_seconds, measure_run
 from fdpass_bench.servers import Server
 from fdpass_bench.steady import Trial, Work
+
+Result: TypeAlias = Run | Trial
 
 
 class Progress(Protocol):
@@ -33,20 +37,111 @@ class Steady:
         return figures.study(self.work, self.servers, self.trials, self.calibration)
 
 
+# -------------------------------------------------------------------------------- what is measured in one go
+
+
+@dataclass(frozen=True)
+class Playing:
+    """The run of a plan."""
+
+    plan: Plan
+
+    @property
+    def title(self) -> str:
+        return f"{self.plan.scenario}, {self.plan.server.name}"
+
+    @property
+    def seconds(self) -> float:
+        """That it is expected to take."""
+        return expected_seconds(self.plan)
+
+    @property
+    def count(self) -> int:
+        """What its progress is counted against; 0 of what is no run of its own."""
+        return self.plan.steps
+
+    def measure(self, progress: Progress) -> Result:
+        return measure_run(self.plan, progress.follow(self.title))
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """The null server under what all these loops have in common."""
+
+    loops: Sequence[Steady]
+    title = "calibration"
+    count = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.loops[0].work.calibration_seconds
+
+    def measure(self, progress: Progress) -> Result:
+        return steady.calibrate(self.loops[0].work)
+
+
+@dataclass(frozen=True)
+class Trying:
+    """One server under one repeat of a loop's work."""
+
+    loop: Steady
+    server: Server
+    repeat: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.loop.work.where}, {self.server.name}"
+
+    @property
+    def seconds(self) -> float:
+        return self.loop.work.expected_seconds
+
+    @property
+    def count(self) -> int:
+        return self.loop.work.connections * self.loop.work.requests
+
+    def measure(self, progress: Progress) -> Result:
+        return steady.measure_trial(self.server, self.loop.work, self.repeat, progress.follow(self.title))
+
+
+Step: TypeAlias = Playing | Calibrating | Trying
+
+
 @dataclass
 class Campaign:
-    """What was asked for, in order: `plans`, then the loops. `runs`: those of the plans that have ended."""
+    """What was asked for, in order: `plans`, then the loops. `runs`: those of the plans that have ended; `done`: steps that have;
+    `seconds`: that these took, however many commands they took them of."""
 
     plans: Sequence[Plan]
     loops: Sequence[Steady] = ()
     runs: list[Run] = field(default_factory=list)
+    done: int = 0
+    seconds: float = 0.0
+
+    @cached_property
+    def steps(self) -> Sequence[Step]:
+        """All that is to be measured, in order, each in one go."""
+        found: list[Step] = [Playing(plan) for plan in self.plans]
+        calibrated: list[Steady] = []
+        for loop in self.loops:
+            if loop not in calibrated:
+                asked = steady.null_load(loop.work)
+                alike = [one for one in self.loops if steady.null_load(one.work) == asked]
+                calibrated += alike
+                found.append(Calibrating(alike))
+            repeats = range(loop.work.repeats)
+            found += [Trying(loop, server, repeat) for repeat in repeats for server in steady.order_of(loop.servers, repeat)]
+        return found
 
     @property
-    def counts(self) -> list[int]:
-        """What each run's progress is counted against."""
-        found = [plan.steps for plan in self.plans]
-        for loop in self.loops:
-            found += [loop.work.connections * loop.work.requests] * (loop.work.repeats * len(loop.servers))
+    def ahead(self) -> list[tuple[int, float]]:
+        """Of each run, what its progress is counted against, and the seconds that it is expected to take with what goes before it."""
+        found, before = [], 0.0
+        for step in self.steps:
+            before += step.seconds
+            if step.count:
+                found.append((step.count, before))
+                before = 0.0
         return found
 
     @property
@@ -55,20 +150,38 @@ class Campaign:
         return len(self.runs) + sum(len(loop.trials) for loop in self.loops)
 
     @property
+    def whole(self) -> bool:
+        return self.done == len(self.steps)
+
+    @property
     def studies(self) -> list[figures.Study]:
         """Of the loops that have something to show: interrupted before its turn, one has not."""
         return [loop.study() for loop in self.loops if loop.trials or not (self.runs or self.over)]
 
-    def measure(self, progress: Progress) -> None:
-        for plan in self.plans:
-            self.runs.append(measure_run(plan, progress.follow(f"{plan.scenario}, {plan.server.name}")))
-            progress.over(report.line_of(self.runs[-1]))
-        for loop in self.loops:
-            asked = steady.null_load(loop.work)
-            alike = (one.calibration for one in self.loops if one.calibration and steady.null_load(one.work) == asked)
-            loop.calibration = next(alike, None) or steady.calibrate(loop.work)
-            for repeat in range(loop.work.repeats):
-                for server in steady.order_of(loop.servers, repeat):
-                    ended = progress.follow(f"{loop.work.where}, {server.name}")
-                    loop.trials.append(steady.measure_trial(server, loop.work, repeat, ended))
-                    progress.over(report.line_of_trial(loop.trials[-1], loop.work))
+    def take(self, result: Result, seconds: float) -> str | None:
+        """What the next step gave, and the seconds that it took; the line that says so, of a run."""
+        step = self.steps[self.done]
+        self.done += 1
+        self.seconds += seconds
+        if isinstance(result, Run):
+            self.runs.append(result)
+            return report.line_of(result)
+        assert not isinstance(step, Playing)
+        if isinstance(step, Calibrating):
+            for loop in step.loops:
+                loop.calibration = result
+            return None
+        step.loop.trials.append(result)
+        return report.line_of_trial(result, step.loop.work)
+
+    def measure(self, progress: Progress, keep: Callable[[Step, Result, float], None] | None = None) -> None:
+        """The steps that are not done yet. `keep` gets each, what it gave and the seconds it took, before anything else is made of it."""
+        for step in self.steps[self.done :]:
+            began = time.monotonic()
+            result = step.measure(progress)
+            seconds = time.monotonic() - began
+            if keep is not None:
+                keep(step, result, seconds)
+            line = self.take(result, seconds)
+            if line is not None:
+                progress.over(line)

@@ -7,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,7 +22,8 @@ from fdpass_bench import scenarios, screens
 
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
-    from fdpass_bench.campaign import Campaign
+    from fdpass_bench.campaign import Campaign, Result, Step
+    from fdpass_bench.checkpoint import Checkpoint
     from fdpass_bench.peers import Target
     from fdpass_bench.price import Plan as PricePlan
     from fdpass_bench.runs import Plan
@@ -209,6 +211,7 @@ def command(ctx: click.Context) -> int:
 )
 @_json
 @_html
+@click.option("--resume", metavar="FILE", type=click.Path(), help="long runs: alone, go on with an interrupted one, by its --json FILE.")
 @click.option(
     "--service-ms",
     type=_Number(0, 10000),
@@ -299,6 +302,7 @@ def balance(
     connections: int | None,
     json_file: str | None,
     html_file: str | None,
+    resume: str | None,
     service_ms: float | None,
     time_limit: float | None,
     bursts: int | None,
@@ -341,6 +345,8 @@ def balance(
       fdpass-bench balance --scenario heavy-tail --load 0.3:0.9:0.1
       fdpass-bench balance --target 127.0.0.1:8000 --rate 200
     """
+    if resume is not None:
+        return _resume(ctx, resume)
 
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
@@ -761,36 +767,120 @@ def _option(name: str) -> str:
 
 def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = None) -> int:
     from fdpass_bench import report
+    from fdpass_bench.checkpoint import CheckpointError
+    from fdpass_bench.progress import ProgressBar
 
-    began = time.time()
     interrupted = 0
-    with _interruptible() as signals:
+    with _interruptible() as signals, _checkpoint(campaign, json_file, html_file) as kept:
+
+        def keep(step: Step, result: Result, seconds: float) -> None:
+            try:
+                if kept is not None:
+                    kept.keep(step, result, seconds)
+            except CheckpointError as error:
+                print(f"fdpass-bench: {error}: what is measured from now on is lost if this is interrupted.", file=sys.stderr)
+
+        began, before = time.time(), campaign.seconds
         try:
-            with report.ProgressBar(campaign.counts) as progress:
-                campaign.measure(progress)
+            with ProgressBar(campaign.ahead, campaign.over, before) as progress:
+                campaign.measure(progress, keep)
             signals.noted_only = True
         except KeyboardInterrupt:
             interrupted = signals.seen[0] if signals.seen else signal.SIGINT
         studies = campaign.studies
         report.show(campaign.runs, studies, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
-        _write(json_file, html_file, report.as_json(campaign.runs, studies, began, bool(interrupted)))
+        seconds = before + time.time() - began
+        environment = report.environment(began, bool(interrupted), seconds)
+        if kept is not None:
+            environment = report.environment(kept.began, bool(interrupted), seconds, kept.resumed, kept.command)
+        trouble = None
+        try:
+            if campaign.over:
+                _write(json_file, html_file, report.as_json(campaign.runs, studies, environment))
+            if kept is not None and (campaign.whole or not campaign.over):
+                kept.remove()
+        except (click.ClickException, CheckpointError) as error:
+            trouble = str(error)
+            print(f"fdpass-bench: {trouble}{_and_on(campaign, kept)}.", file=sys.stderr)
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
-            print(f"fdpass-bench: interrupted; {campaign.over} of {len(campaign.counts)} runs were measured.", file=sys.stderr)
+            written = [] if trouble or not campaign.over else [file for file in (json_file, html_file) if file not in (None, "-")]
+            where = f", see {' and '.join(map(str, written))}" if written else ""
+            on = "" if trouble else _and_on(campaign, kept)
+            over = f"{campaign.over} of {len(campaign.ahead)} runs were measured"
+            print(f"fdpass-bench: interrupted; {over}{where}{on}.", file=sys.stderr)
             return 128 + interrupted
-    return 0 if all(run.valid for run in campaign.runs) and all(study.valid for study in studies) else 1
+    return 0 if not trouble and all(run.valid for run in campaign.runs) and all(study.valid for study in studies) else 1
+
+
+@contextlib.contextmanager
+def _checkpoint(campaign: Campaign, json_file: str | None, html_file: str | None) -> Iterator[Checkpoint | None]:
+    """That which --resume goes on from, or a new one beside the first file that will be written; None where there is none."""
+    from fdpass_bench import report
+    from fdpass_bench.checkpoint import Checkpoint, CheckpointError
+
+    context = click.get_current_context()
+    kept = context.find_object(Checkpoint)
+    files = {"json_file": json_file, "html_file": html_file}
+    try:
+        if kept is not None:
+            kept.restore(campaign)
+        elif beside := next((option for option, file in files.items() if _is_a_file(file)), None):
+            began = time.time()
+            arguments = context.meta[screens.ARGUMENTS]
+            kept = Checkpoint.begin(beside, files, campaign, arguments, began, report.environment(began, False))
+    except CheckpointError as error:
+        raise click.UsageError(str(error)) from error
+    with kept or contextlib.nullcontext():
+        yield kept
+
+
+def _is_a_file(file: str | None) -> bool:
+    """Or will be one: no device, no pipe, no standard output."""
+    return file not in (None, "-") and (os.path.isfile(str(file)) or not os.path.lexists(str(file)))
+
+
+def _and_on(campaign: Campaign, kept: Checkpoint | None) -> str:
+    """How to go on: the end of a sentence about what was measured."""
+    if kept is not None and os.path.exists(kept.path):
+        what = "writes them" if campaign.whole else "goes on"
+        return f"; fdpass-bench balance --resume {shlex.quote(kept.beside)} {what}"
+    # Nobody misses the checkpoint of a command that was over within a minute.
+    if kept is None and sum(seconds for _, seconds in campaign.ahead) > 60:
+        return "; none is kept, as there would be a checkpoint with --json FILE"
+    return ""
+
+
+def _resume(ctx: click.Context, file: str) -> int:
+    """The command that began the checkpoint, again, without what it has measured. Raises UsageError."""
+    from fdpass_bench import report
+    from fdpass_bench.checkpoint import Checkpoint, CheckpointError
+
+    source = click.core.ParameterSource.COMMANDLINE
+    given = [one for one in ctx.command.params if one.name and ctx.get_parameter_source(one.name) is source]
+    others = [one.opts[0] for one in given if one.name != "resume"]
+    if others:
+        raise click.UsageError(f"--resume goes on as the command was begun, so it stands alone, without {', '.join(others)}")
+    try:
+        kept = Checkpoint.open(file, report.environment(time.time(), False))
+    except CheckpointError as error:
+        raise click.UsageError(str(error)) from error
+    with kept, ctx.command.make_context(ctx.info_name, kept.arguments, parent=ctx.parent, obj=kept) as again:
+        again.params |= kept.files
+        status: int = ctx.command.invoke(again)
+        return status
 
 
 def _price(plan: PricePlan, json_file: str | None, html_file: str | None) -> int:
     from fdpass_bench import price, report
+    from fdpass_bench.progress import ProgressBar
 
     began = time.time()
     found = price.Found(plan)
-    counts = [plan.repeats] * len(price.comparisons(plan))
     interrupted = 0
     with _interruptible() as signals:
         try:
-            with report.ProgressBar(counts) as progress:
+            with ProgressBar(plan.ahead, what="comparisons") as progress:
                 price.measure(found, progress.follow, progress.over)
             signals.noted_only = True
         except KeyboardInterrupt:
@@ -799,7 +889,7 @@ def _price(plan: PricePlan, json_file: str | None, html_file: str | None) -> int
         _write(json_file, html_file, report.prices_as_json(found, began, bool(interrupted)))
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
-            print(f"fdpass-bench: interrupted; {found.over} of {len(counts)} comparisons were measured.", file=sys.stderr)
+            print(f"fdpass-bench: interrupted; {found.over} of {len(plan.ahead)} comparisons were measured.", file=sys.stderr)
             return 128 + interrupted
     return 0 if found.complete else 1
 

@@ -30,7 +30,19 @@ _ROLLED = 1.5  # seconds of load after the last
 _CONNECTIONS = 1_000_000  # of a closed loop at most: 80 bytes each
 _FASTEST = 20_000  # connections per second that are made room for where a service takes no time
 
+_GENERATOR = 0.4  # seconds that a generator takes to start and to end, about
 _RISE, _WINDOW = 0.3, 1.5  # seconds until a closed loop is in its stride, and that are counted
+
+
+def expected_seconds(plan: Plan) -> float:
+    """That stall(), rolling() or scale_out() takes, about."""
+    if plan.scenario == "scale-out":
+        return sum(measure.starting(workers) + _GENERATOR + _SETTLE + _RISE + _WINDOW for workers in steps_of(plan.workers))
+    if plan.scenario == "rolling":
+        load = min(plan.time_limit, plan.rolls * (_ROLL_PAUSE + plan.workers * measure.starting(1))) + _ROLLED
+    else:
+        load = _BEFORE + _FROZEN + _AFTER
+    return measure.starting(plan.workers) + _GENERATOR + _SETTLE + load
 
 
 class _Load:

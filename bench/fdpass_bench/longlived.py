@@ -9,15 +9,22 @@ from collections.abc import Callable
 from statistics import fmean, pstdev
 from typing import Any
 
+from fdpass_bench import measure
 from fdpass_bench.clients import Client, Clients
 from fdpass_bench.runs import Plan, Run, Unmeasurable, rounded
 
 _SETTLE = 0.5  # seconds for what is left of the workers' start
 _FILLING = 64  # connections under way at once, until there are enough
+_FILLED_PER_SECOND = 2000  # connections, about
 _CHURN = 4.0  # seconds of closing one at random and opening another
 _MOST_PER_SECOND = 1000  # replacements: these clients are one process of Python
 _SAMPLE = 0.01  # seconds
 _LATE = 0.5  # seconds behind the schedule, and the clients were not able to keep it
+
+
+def expected_seconds(plan: Plan) -> float:
+    """That play() takes, about."""
+    return measure.starting(plan.workers) + _SETTLE + plan.connections / _FILLED_PER_SECOND + _CHURN
 
 
 def play(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:

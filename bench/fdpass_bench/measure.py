@@ -16,6 +16,11 @@ _STOPPED = (b"T", b"t", b"Z", b"X")
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
+def starting(workers: int) -> float:
+    """Seconds that so many worker processes take to start and to end, about."""
+    return 0.3 + 0.25 * workers
+
+
 def task_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 

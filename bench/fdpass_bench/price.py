@@ -32,6 +32,8 @@ _STARTS = {"fork": 20, "forkserver": 12, "spawn": 8}
 _MESSAGES = {1: 400, 8: 250, 64: 80, 253: 25, 1000: 8}
 _CLAIMS = 50
 _TOGETHER = 50
+_ROUND, _LEAST = 0.4, 0.05  # seconds that one takes with these, and with next to none, about
+_USUAL = {"carriers": 50, "starts": 12, "descriptors": 80, "outstanding": _CLAIMS, "receivers": _TOGETHER}
 _BATCH = 1000  # tickets that are unclaimed at most while many are made and claimed
 
 
@@ -46,6 +48,12 @@ class Plan:
     count: int | None
     repeats: int
     tickets: int
+
+    @property
+    def ahead(self) -> list[tuple[int, float]]:
+        """Of each comparison, what its progress is counted against, and the seconds that it takes, about."""
+        rounds = {what: _ROUND if self.count is None else _LEAST + _ROUND * self.count / usual for what, usual in _USUAL.items()}
+        return [(self.repeats, self.repeats * rounds[one.what]) for one in comparisons(self)]
 
 
 # -------------------------------------------------------------------------------- what is found

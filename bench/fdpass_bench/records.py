@@ -109,6 +109,7 @@ _OF_THE_ENVIRONMENT: Mapping[str, Any] = {
     "usable_cpus": int,
     "fdpass": str,
     "time": str,
+    "resumed": [str],
     "seconds": _NUMBER,
 }
 

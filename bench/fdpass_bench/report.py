@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from operator import attrgetter
@@ -15,7 +15,6 @@ from typing import IO, Any
 import psutil
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fdpass
@@ -45,45 +44,6 @@ _SYSCTLS = (
 def console(stream: IO[str]) -> Console:
     """No escape code goes to what is not a terminal, whatever the environment asks for."""
     return Console(file=stream, force_terminal=stream.isatty(), highlight=False, markup=False, emoji=False)
-
-
-class ProgressBar:
-    """Follows the runs: a bar on a terminal, else one line on stderr for each run that has ended. `counts`: connections of each run."""
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self._counts = counts
-        self._over = 0
-        self._bar: Progress | None = None
-        if sys.stdout.isatty():
-            columns = (TextColumn("{task.description:<21}"), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=console(sys.stdout), transient=True)
-            self._task = self._bar.add_task("", total=sum(counts))
-
-    def __enter__(self) -> ProgressBar:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def follow(self, title: str) -> Callable[[int], None]:
-        """Begins the next run; what is returned is told how many of its connections have ended."""
-        if self._bar is not None:
-            self._bar.update(self._task, description=title)
-        return self._ended
-
-    def _ended(self, connections: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=sum(self._counts[: self._over]) + connections)
-
-    def over(self, line: str) -> None:
-        """The run has ended."""
-        self._over += 1
-        self._ended(0)
-        if self._bar is None:
-            print(f"{self._over}/{len(self._counts)} {line}", file=sys.stderr, flush=True)
 
 
 def line_of(run: Run) -> str:
@@ -441,7 +401,7 @@ def prices_as_json(found: price.Found, began: float, interrupted: bool) -> dict[
     """`began`: seconds since the epoch."""
     return {
         "schema": 1,
-        "environment": _environment(began, interrupted),
+        "environment": environment(began, interrupted),
         "parameters": asdict(found.plan) | {"load_average_before": round(found.load_before, 2)},
         "rows": [_price_json(row) for row in found.rows],
         "findings": [{"name": one.name, **one.figures, "sentence": one.sentence, "valid": not one.failed} for one in found.findings],
@@ -481,11 +441,11 @@ def _side_json(row: price.Row, side: price.Side | None) -> dict[str, Any] | None
     }
 
 
-def as_json(runs: Sequence[Run], studies: Sequence[Study], began: float, interrupted: bool) -> dict[str, Any]:
-    """`began`: seconds since the epoch."""
+def as_json(runs: Sequence[Run], studies: Sequence[Study], environment: dict[str, Any]) -> dict[str, Any]:
+    """`environment`: what environment() says."""
     found: dict[str, Any] = {
         "schema": 1,
-        "environment": _environment(began, interrupted),
+        "environment": environment,
         "runs": [run.as_json() for run in runs] + [one.as_json() for study in studies for one in study.figures],
     }
     if runs:
@@ -509,7 +469,14 @@ def _study_json(study: Study) -> dict[str, Any]:
     }
 
 
-def _environment(began: float, interrupted: bool) -> dict[str, Any]:
+def environment(
+    began: float,
+    interrupted: bool,
+    seconds: float | None = None,
+    resumed: Sequence[float] = (),
+    command: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """began, and when it was resumed: seconds since the epoch. seconds: that it took, and the command that began it, where it was."""
     return {
         "system": platform.system(),
         "kernel": platform.release(),
@@ -521,8 +488,13 @@ def _environment(began: float, interrupted: bool) -> dict[str, Any]:
         "implementation": platform.python_implementation(),
         "fdpass": fdpass.__version__,
         "sysctls": {name: measure.sysctl(name) for name in _SYSCTLS},
-        "command": ["fdpass-bench", *sys.argv[1:]],
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
-        "seconds": round(time.time() - began, 1),
+        "command": list(command) if command else ["fdpass-bench", *sys.argv[1:]],
+        "time": _time(began),
+        "seconds": round(time.time() - began if seconds is None else seconds, 1),
         "interrupted": interrupted,
+        **({"resumed": [_time(one) for one in resumed]} if resumed else {}),
     }
+
+
+def _time(since_the_epoch: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(since_the_epoch))

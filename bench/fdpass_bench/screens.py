@@ -11,8 +11,9 @@ import click
 from click.shell_completion import CompletionItem
 
 LINES = 40
-#: "loops: connections per second.": an option of one scenario among several, or of a family of them.
-_BELONGS = re.compile(r"[a-z-]+(, [a-z-]+)*: ")
+ARGUMENTS = "fdpass_bench.arguments"  # of a context's meta: the command's, as they were written
+#: "loops: connections per second.": an option of one scenario, of a family of them, or of another purpose that not everybody has.
+_BELONGS = re.compile(r"[a-z -]+(, [a-z -]+)*: ")
 _KINDS: Sequence[tuple[type, str]] = ((click.IntRange, "N"), (click.FloatRange, "X"), (click.Path, "FILE"), (click.Choice, "NAME"))
 
 
@@ -44,6 +45,10 @@ class Command(click.Command):
             formatter.write_text("\n\n".join(paragraphs))
         self._format_briefly(ctx, formatter)
         return formatter.getvalue()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), self._all]
@@ -79,7 +84,7 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{name:{left}}{_cut(_said(option), room - left)}\n")
         others = ", ".join(option.opts[0] for option in options if option not in own)
         formatter.write_paragraph()
-        formatter.write_text(f"Of one scenario or another: {others}. --help-all says what each means.")
+        formatter.write_text(f"Others: {others}. --help-all says what each means.")
 
 
 def _name(option: click.Option) -> str:

@@ -20,8 +20,21 @@ _IDLE_WINDOW = {"idle": 0.5, "burst": 0.5, "kill": 1.0}  # seconds in which noth
 _TICK = 0.1  # seconds: uvicorn wakes as often by itself, so what it costs is told best over many, and whole ones
 _TICKING_WINDOW = 2.0
 _LESS_THAN_NOTHING = -0.1  # switches per connection: below, what idle workers cost was not known
+_CONNECTION = 0.0005  # seconds that a connection costs whoever serves it, about
 _KILL_EVERY = 0.5  # seconds
 _SUCCESSOR_LIMIT = 15.0  # seconds until a killed worker's successor must be ready
+
+
+def expected_seconds(plan: Plan) -> float:
+    """That play() takes, about."""
+    each = plan.service_seconds + _CONNECTION
+    one_by_one = plan.scenario == "idle"
+    load = plan.connections * (each + _GAP) if one_by_one else plan.bursts * plan.connections * each / plan.workers
+    if plan.scenario == "kill":
+        # The capacity of a killed worker is missing until its successor is there.
+        load += load / _KILL_EVERY * measure.starting(1) / plan.workers + _KILL_EVERY
+    window = _TICKING_WINDOW if "uvicorn" in plan.server.name else _IDLE_WINDOW[plan.scenario]
+    return measure.starting(plan.workers) + window + min(load, plan.time_limit)
 
 
 def play(plan: Plan, run: Run, ended: Callable[[int], None]) -> None:

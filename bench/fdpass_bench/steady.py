@@ -18,6 +18,8 @@ _SETTLE = 0.1  # seconds for what is left of the workers' start
 _IDLE_WINDOW = 0.25  # seconds in which nothing happens, to know what idle workers cost
 _NEXT = 1_000_000  # nanoseconds after an answer by which its worker is free for the next
 _CALIBRATION = 1.0  # seconds of the schedule that the null server gets, about
+_GENERATOR = 0.4  # seconds that a generator takes to start and to end, about
+_FASTEST = 20_000  # requests per second of a closed loop where a service takes no time, about
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,21 @@ class Work:
     @property
     def wanted(self) -> Wanted:
         return Wanted(self.workers, service=self.service, work=self.work, keep_alive=self.requests > 1)
+
+    @property
+    def expected_seconds(self) -> float:
+        """That one trial takes, about."""
+        busy = self.connections * self.requests * self.service / min(self.workers, self.clients or self.workers)
+        each = self.requests * (self.service + self.think)
+        if self.rate:
+            load = max(busy, self.connections / self.rate) + each
+        else:
+            load = max(busy, self.connections / max(1, self.clients) * each, self.connections * self.requests / _FASTEST)
+        return measure.starting(self.workers) + _SETTLE + _IDLE_WINDOW + _GENERATOR + load
+
+    @property
+    def calibration_seconds(self) -> float:
+        return 2 * _GENERATOR + _CALIBRATION
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"load": self.load}
