@@ -20,11 +20,11 @@ from fdpass_bench import screens
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
     from fdpass_bench.campaign import Campaign
-    from fdpass_bench.peers import Target
     from fdpass_bench.price import Plan as PricePlan
     from fdpass_bench.runs import Plan
     from fdpass_bench.steady import Server, Work
     from fdpass_bench.strategy import Strategy
+    from fdpass_bench.target import Target
 
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
 _PRICES = ("carriers", "starts", "descriptors", "outstanding", "receivers")
@@ -71,10 +71,10 @@ def _every_peer() -> list[str]:
 def _targets(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> list[Target]:
     if not texts:
         return []
-    from fdpass_bench import peers
+    from fdpass_bench.target import Target
 
     try:
-        return list(dict.fromkeys(peers.Target.parse(text) for text in texts))
+        return list(dict.fromkeys(Target.parse(text) for text in texts))
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from error
 
@@ -293,12 +293,16 @@ def balance(
             # A target is somebody's own question; peers are compared with us.
             strategies = [] if targets and not peers else strategies[:2]
         work = _work(workers, connections, service, time_limit, bool(targets), clients=clients, seed=seed, **steady)
-        loops.append(Steady(work, _servers(work, strategies, credits, peers, targets)))
+        servers = _servers(work, strategies, credits, peers, targets)
     if service_ms == 0 and "stall" in scenarios:
         raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
     if service_ms is not None and scenarios == ["long-lived"]:
         raise click.UsageError("--service-ms has no meaning in long-lived, whose connections stay until they are closed")
     _refuse_unwritable(json_file, html_file)
+    if steadily:
+        if targets:
+            work, servers = _looked_at(work, servers, not clients and steady["rate"] is None, connections)
+        loops.append(Steady(work, servers))
     return _measure(Campaign(plans, loops), json_file, html_file)
 
 
@@ -570,21 +574,23 @@ def _work(
     asked = [name for name, value in (("--rate", rate), ("--load", load), ("--clients", clients)) if value is not None]
     if len(asked) > 1:
         raise click.UsageError(f"{' and '.join(asked)} exclude each other")
-    if targets and not rate and not clients:
-        raise click.UsageError("--target needs --rate, the connections per second that its server shall get, or --clients")
+    if targets and load:
+        raise click.UsageError("--load has no meaning for a --target, of which nobody knows what it can do: give --rate or --clients")
     if clients and arrivals:
         raise click.UsageError("--arrivals has no meaning in the closed loop of --clients")
     if think_ms is not None and (requests or 1) == 1:
         raise click.UsageError("--think-ms needs --requests-per-connection over 1")
     service = (0.0 if targets else 0.004) if service is None else service
     requests = requests or 1
+    if not rate and not clients and targets:
+        rate = 1.0  # until it is known how fast it answers
     if not rate and not clients:
         if not service:
             raise click.UsageError("with --service-ms 0 a load has no rate: give --rate")
         rate = (load or 0.7) * workers / (service * requests)
     # So that the defaults end within a minute; a closed loop goes as fast as its workers do.
     expected = rate or (workers / (service * requests) if service else math.inf)
-    connections = connections or int(max(100, min(4000, 6 * expected)))
+    connections = connections or _enough(expected, targets)
     if connections * requests > _MOST_REQUESTS:
         raise click.UsageError(f"{connections} connections of {requests} requests are more than the {_MOST_REQUESTS} that a run can hold")
     return Work(
@@ -602,6 +608,39 @@ def _work(
         repeats=repeats or 2,
         time_limit=time_limit or 10.0,
     )
+
+
+def _enough(rate: float, targets: bool) -> int:
+    """The connections of six seconds, in bounds; of a target that gets few a second, fewer still."""
+    return int(max(20 if targets else 100, min(100, 20 * rate), min(4000, 6 * rate)))
+
+
+def _looked_at(work: Work, servers: Sequence[Server], chosen: bool, connections: int | None) -> tuple[Work, list[Server]]:
+    """With what was seen of each target. `chosen`: the rate follows from it, for nobody gave one."""
+    from dataclasses import replace
+
+    from fdpass_bench import target
+    from fdpass_bench.steady import TargetServer
+
+    try:
+        found: list[Server] = [
+            replace(one, seen=target.look(one.target, work.time_limit)) if isinstance(one, TargetServer) else one for one in servers
+        ]
+    except target.TargetError as error:
+        raise click.ClickException(f"{error}.") from error
+    seen = [one.seen for one in found if isinstance(one, TargetServer) and one.seen is not None]
+    if chosen:
+        rate = min(one.modest_rate for one in seen)
+        work = replace(work, rate=rate, connections=connections or _enough(rate, True))
+        slowest = max(one.mean for one in seen) * 1000
+        seconds = work.repeats * work.connections / rate
+        print(
+            f"fdpass-bench: an answer takes {slowest:.3g} ms; {rate:g} connections/s for {seconds:.0f} s now (--rate sets another).",
+            file=sys.stderr,
+        )
+    if len(found) == len(seen) == 1 and seen[0].workers:
+        work = replace(work, workers=len(seen[0].workers))
+    return work, found
 
 
 def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = None) -> int:

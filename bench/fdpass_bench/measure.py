@@ -16,6 +16,11 @@ _STOPPED = (b"T", b"t", b"Z", b"X")
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those of them that are still there, dead ones that nobody has collected among them."""
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
 def task_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 

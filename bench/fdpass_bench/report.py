@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fdpass
-from fdpass_bench import contenders, estimate, measure, price
+from fdpass_bench import contenders, diagnosis, estimate, measure, price
 from fdpass_bench.figures import Study
 from fdpass_bench.runs import SCENARIOS, Run
 from fdpass_bench.scenario_tables import TABLES, and_, outcomes_of, scenario_table, words_of
@@ -154,7 +154,7 @@ def _show_study(study: Study, out: Console) -> None:
         shares = [f"{queues} {one.mean / bound:.0%}" for queues, one in study.ideals.items() if queues != "one queue"]
         out.print(f"Ideal policies with these workers, as shares of the one-queue bound: {', '.join(shares)}.")
     for one in study.figures:
-        if not one.valid:
+        if not one.valid and diagnosis.seen_of(one) is None:
             out.print(f"{one.name} is INVALID and says nothing: {'; '.join(one.reasons)}.")
     overflows = {one.name: sum(trial.overflows for trial in one.trials) for one in study.figures}
     for name, count in overflows.items():
@@ -163,6 +163,9 @@ def _show_study(study: Study, out: Console) -> None:
     for comparison in study.comparisons:
         if comparison.first.valid and comparison.second.valid:
             out.print(f"{comparison.sentence}.")
+    for one in study.figures:
+        if said := diagnosis.sentences(one):
+            out.print("", *said, sep="\n")
     if not study.figures:
         out.print("Nothing was measured.")
 
@@ -444,10 +447,12 @@ def as_json(runs: Sequence[Run], studies: Sequence[Study], began: float, interru
     found: dict[str, Any] = {
         "schema": 1,
         "environment": _environment(began, interrupted),
-        "runs": [run.as_json() for run in runs] + [one.as_json() for study in studies for one in study.figures],
+        "runs": [run.as_json() for run in runs] + [one.as_json() | diagnosis.as_json(one) for study in studies for one in study.figures],
     }
-    if runs:
-        found["verdict"] = verdict(runs)
+    said = [verdict(runs)] if runs else []
+    said += [text for study in studies if (text := diagnosis.verdict(study.figures))]
+    if said:
+        found["verdict"] = " ".join(said)
     if studies:
         each = [_study_json(study) for study in studies]
         # What was asked for once stands above the runs; a sweep has it for each of its studies.

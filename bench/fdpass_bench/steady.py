@@ -3,7 +3,6 @@ It measures one trial at a time and keeps the raw figures; what they mean is fig
 
 from __future__ import annotations
 
-import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import fdpass
 from fdpass_bench import loadgen, measure, peers
 from fdpass_bench.strategy import Strategy
+from fdpass_bench.target import Seen, Target
 
 _SETTLE = 0.1  # seconds for what is left of the workers' start
 _IDLE_WINDOW = 0.25  # seconds in which nothing happens, to know what idle workers cost
@@ -153,9 +153,10 @@ class PeerServer:
 
 @dataclass(frozen=True)
 class TargetServer:
-    """A server that somebody else runs."""
+    """A server that somebody else runs. seen: what is known of its processes, None where nobody looked."""
 
-    target: peers.Target
+    target: Target
+    seen: Seen | None = None
     kind = "target"
     version = None
     discipline = None
@@ -166,7 +167,9 @@ class TargetServer:
 
     @property
     def serving(self) -> Serving:
-        return Serving(self.target.host, self.target.port, protocol=self.target.protocol, path=self.target.path)
+        workers = [process.pid for process in self.seen.workers] if self.seen else []
+        one = self.target
+        return Serving(one.host, one.port, lambda: measure.alive(workers), protocol=one.protocol, path=one.path)
 
     @contextmanager
     def serve(self, work: Work) -> Iterator[Serving]:
@@ -203,6 +206,7 @@ class Trial:
     begun_per_s: float = 0.0
     seconds: float = 0.0
     cpu_seconds: float | None = None  # of the server's workers
+    cpu_of: dict[int, float] = field(default_factory=dict)  # the same by pid
     generator_cpu_seconds: float = 0.0
     idle_switches_per_second: float | None = None  # voluntary, of all workers together
     switches: float | None = None  # voluntary, of the workers, without what idle workers cost in that time
@@ -256,7 +260,7 @@ def _load(
         time.sleep(_IDLE_WINDOW)
         idle_rate = trial.idle_switches_per_second = switches.total() / (time.monotonic() - began)
     counters = measure.listen_counters()
-    cpu = sum(map(measure.cpu_seconds, pids))
+    cpu = {pid: measure.cpu_seconds(pid) for pid in pids}
     switches = measure.Switches(pids)
     began = time.monotonic()
     result = generator.run(work.load_of(serving, repeat), ended)
@@ -266,11 +270,14 @@ def _load(
     _take(trial, result, work, believed)
     if pids:
         try:
-            trial.cpu_seconds = (sum(map(measure.cpu_seconds, pids)) - cpu) or None
+            cpu_of = {pid: measure.cpu_seconds(pid) - before for pid, before in cpu.items()}
             trial.switches = switches.total() - idle_rate * trial.seconds
+            trial.cpu_of, trial.cpu_seconds = cpu_of, sum(cpu_of.values()) or None
         except FileNotFoundError:
-            left = sum(map(os.path.exists, (f"/proc/{pid}" for pid in pids)))
-            trial.problem = f"{len(pids) - left} of {len(pids)} workers ended while they were loaded"
+            # Somebody else's server may replace its workers as it likes: what they cost is then unknown, and nothing else.
+            if believed:
+                gone = len(pids) - len(measure.alive(pids))
+                trial.problem = f"{gone} of {len(pids)} workers ended while they were loaded"
 
 
 def _take(trial: Trial, result: loadgen.Result, work: Work, believed: bool) -> None:
