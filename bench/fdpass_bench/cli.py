@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import multiprocessing
 import os
@@ -105,16 +106,20 @@ _json = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the figures to it; - is standard output."
 )
 _html = click.option("--html", "html_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write one self-contained page to it.")
-_workers = click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="How many worker processes.")
+_workers = click.option("--workers", type=screens.Whole(1, 64), default=4, show_default=True, help="How many worker processes.")
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=screens.Group, invoke_without_command=True)
 @click.version_option(package_name="fdpass")
 @click.pass_context
 def command(ctx: click.Context) -> int:
     """Shows with real connections how k worker processes share one port, and what each way loses when workers die.
 
     Without a command: a demonstration of all scenarios, in less than a minute.
+
+    \b
+    A verdict about your own server, while it runs (a port, HOST:PORT or URL):
+      fdpass-bench balance --target 8000
 
     \b
     Examples:
@@ -201,7 +206,14 @@ def command(ctx: click.Context) -> int:
 @click.option("--think-ms", type=_Number(0, 60000), default=None, help="steady: between an answer and the connection's next request.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=None, help="The same seed is the same work.  [default: 1]")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=None, help="steady: runs of each server, in ABBA order.  [default: 2]")
-@click.option("--target", "targets", metavar="HOST:PORT", multiple=True, callback=_targets, help="steady: a server that runs already.")
+@click.option(
+    "--target",
+    "targets",
+    metavar="ADDRESS",
+    multiple=True,
+    callback=_targets,
+    help="A server that runs already: PORT, HOST:PORT or URL.  [its rate: half of what one client gets, 100 at most]",
+)
 @click.option(
     "--peer",
     "peers",
@@ -260,9 +272,8 @@ def balance(
     \b
     Examples:
       fdpass-bench balance --strategies shared,shared:first --scenario idle
-      fdpass-bench balance --strategies shared:uvicorn,shared:uvicorn-stock
       fdpass-bench balance --scenario steady --load 0.8 --peer gunicorn
-      fdpass-bench balance --target 127.0.0.1:8000 --rate 200
+      fdpass-bench balance --target http://127.0.0.1:8000/health
     """
 
     def given(name: str) -> bool:
@@ -323,6 +334,14 @@ def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
     return ["steady"] if "steady" in common else common[:1]
 
 
+def _port(ctx: click.Context, param: click.Parameter, text: str) -> int:
+    """Of an address only the port: who looks at every address that it is bound to."""
+    name = text.rpartition(":")[2]
+    if not (name.isascii() and name.isdigit() and 1 <= int(name) <= 65535):
+        raise click.BadParameter(f"{text!r} is no port: a number from 1 to 65535", ctx, param)
+    return int(name)
+
+
 def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Parameter, Sequence[str]], list[str]]:
     """A callback for an option that may come several times, each with several values between commas."""
 
@@ -355,11 +374,11 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     help=f"starts: of {', '.join(multiprocessing.get_all_start_methods())}.  [default: all]",
 )
 @click.option("--sender", type=click.Choice(["idle", "busy", "both"]), default=None, help="carriers: what it does.  [default: both]")
-@click.option("--count", type=click.IntRange(1, 10000), default=None, help="Operations of each side in a round.  [default: by comparison]")
-@click.option("--repeats", type=click.IntRange(1, 1000), default=6, show_default=True, help="Rounds, in ABBA order.")
+@click.option("--count", type=screens.Whole(1, 10000), default=None, help="Operations of each side in a round.  [default: by comparison]")
+@click.option("--repeats", type=screens.Whole(1, 1000), default=6, show_default=True, help="Rounds, in ABBA order.")
 @click.option(
     "--tickets",
-    type=click.IntRange(0, 10_000_000),
+    type=screens.Whole(0, 10_000_000),
     default=None,
     help="outstanding: made and claimed, to see what grows.  [default: 100000]",
 )
@@ -451,7 +470,7 @@ def report(files: Sequence[str], html_file: str | None, csv_file: str | None, ma
 def serve(address: str, workers: int, strategy: Strategy) -> int:
     """Answers each HTTP request with its worker's index, until Ctrl-C or SIGTERM.
 
-    ADDRESS is host:port, [::1]:port or, under shared, unix:/path.
+    ADDRESS is a port, host:port, [::1]:port or, under shared, unix:/path.
 
     \b
     Example:
@@ -462,7 +481,7 @@ def serve(address: str, workers: int, strategy: Strategy) -> int:
 
     with _interruptible():
         try:
-            return serving.serve(address, workers, strategy)
+            return serving.serve(f"127.0.0.1:{address}" if address.isdigit() else address, workers, strategy)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
 
@@ -483,7 +502,7 @@ def doctor() -> int:
 
 
 @command.command(cls=screens.Command, short_help="Show who listens on a port, and the queues.")
-@click.argument("port", type=click.IntRange(1, 65535))
+@click.argument("port", callback=_port)
 def who(port: int) -> int:
     """Shows which processes hold the listening sockets of a TCP port, how they share it, and the queue and limit of each socket.
 
@@ -743,9 +762,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process: it was started with a closed one
     try:
         status = command.main(args=None if arguments is None else list(arguments), prog_name="fdpass-bench", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         print(f"fdpass-bench: {error.format_message()}", file=sys.stderr)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        # Only standard output fails so: all else that is written is dealt with where it is. Its buffer would fail again at the end.
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # who reads no more needs no word
+            print(f"fdpass-bench: cannot write standard output: {error.strerror}", file=sys.stderr)
+        return 1
     return int(status or 0)

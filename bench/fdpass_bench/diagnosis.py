@@ -61,7 +61,7 @@ def _sharing(name: str, seen: Seen) -> str:
         to = "another process" if len(workers) == 1 else f"{len(workers)} others"
         return f"{name}: one process accepts ({pids_of(passing)}) and passes connections on to {to} ({named})."
     if seen.sockets > 1:
-        stalled = f": while one stalls, 1 in {seen.sockets} connections waits for it" if seen.sockets == len(workers) else ""
+        stalled = f": while one stalls, expect 1 in {seen.sockets} connections to wait for it" if seen.sockets == len(workers) else ""
         many = "One process has" if len(workers) == 1 else f"{len(workers)} processes have"
         return f"{name}: {many} {seen.sockets} sockets ({named}), each with its own queue, and a hash chooses{stalled}."
     if len(workers) == 1:
@@ -95,7 +95,7 @@ def _woken(seen: Seen) -> str:
         return ""
     woken = f"{seen.woken:.1f}"
     if seen.woken < _HERD:
-        return f"Each of these woke {woken} of the {seen.waiters} that wait: none for nothing."
+        return f"Each of these woke {woken} of the {seen.waiters} that wait."
     wasted = f"{float(woken) - 1:.1f}"
     return f"Each of these woke {woken} of the {seen.waiters} that wait: {wasted} for nothing; with an exclusive wait it would be 1."
 
@@ -113,7 +113,8 @@ def _answered(one: Figures) -> str:
     failed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in outcomes.items() if count and name != "ok")
     said = f"All {total} {what} {at} were answered in time" if ok == total else f"{ok} of {total} {what} {at} were answered ({failed})"
     if one.valid:
-        return f"{said}: mean {_ms(one.latency['mean'])}, p99 {_ms(one.latency['p99'])} from when each was due."
+        since = "" if work.clients else " from when each was due"
+        return f"{said}: mean {_ms(one.latency['mean'])}, p99 {_ms(one.latency['p99'])}{since}."
     median, lag = one.latency.get("p50"), one.parts["lag"].get("p50", 0.0)
     # That the generator was late at one in a hundred says nothing against the median.
     if ok == total and median and lag <= _LAG_SHARE * median:

@@ -1,4 +1,4 @@
-"""How a command's help is laid out: it fits a screen, and where all of it does not, one option says all; and how lists are completed.
+"""How a command talks: help that fits a screen, or an option that says all of it; what is allowed, where something is not; lists completed.
 It knows click, and none of the commands."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -14,6 +15,27 @@ LINES = 40
 #: "steady: connections per second.": an option of one scenario among several.
 _BELONGS = re.compile(r"[a-z-]+(, [a-z-]+)*: ")
 _KINDS: Sequence[tuple[type, str]] = ((click.IntRange, "N"), (click.FloatRange, "X"), (click.Path, "FILE"), (click.Choice, "NAME"))
+
+
+class Whole(click.IntRange):
+    """An IntRange that says which numbers are allowed to what is none, too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number from {self.min} to {self.max}", param, ctx)
+        number: int = super().convert(value, param, ctx)
+        return number
+
+
+class Group(click.Group):
+    """A group that says which commands there are."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"there is no command {args[0]!r}; there are {', '.join(self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
 
 
 class Command(click.Command):

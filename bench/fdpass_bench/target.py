@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import math
 import re
 import socket
 import ssl
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -25,6 +26,8 @@ _BUDGET = 8.0  # seconds for all of them
 _GAP = 0.005  # seconds in which whoever a connection wakes has run
 _REST = 0.003  # seconds after a connection until its end is over too
 _WINDOW = 0.5  # seconds to see who waits
+_FEW = 10  # connections, from which nothing follows
+_UNSURE = 0.25  # processes: the standard error of how many a connection wakes
 _MOST_PROCESSES = 256  # that are looked at for each connection
 _MOST_PORTS = 8  # of a sentence
 
@@ -66,7 +69,8 @@ class Target:
             raise ValueError(f"{text!r} is no target: PORT, HOST:PORT, [::1]:PORT, http://HOST:PORT/path or tcp://HOST:PORT")
         if not 1 <= int(port or 80) <= 65535:
             raise ValueError(f"{text!r} is no target: a port is 1 to 65535")
-        return cls(_resolved(literal, name or ""), int(port or 80), protocol or "http", path or "/", text)
+        found_at = cls(_resolved(literal, name or ""), int(port or 80), protocol or "http", path or "/", text)
+        return found_at if literal or name else replace(found_at, text=f"{found_at.address}{path or ''}")
 
     @property
     def address(self) -> str:
@@ -142,7 +146,8 @@ class Seen:
     def as_json(self) -> dict[str, Any]:
         """Of its run."""
         return {
-            "holders": [asdict(process) for process in self.processes],
+            # Of a command what it is; its arguments may be nobody's business.
+            "holders": [asdict(one) | {"command": " ".join(one.command.split()[:2])} for one in self.processes],
             "listening_sockets": self.sockets or None,
             "unknown": self.unknown,
             "one_by_one": {"connections": len(self.latency), "mean_ms": round(self.mean * 1e3, 4), "known": self.known},
@@ -295,13 +300,13 @@ class _Watch:
 
     def _woken(self, spaced: _Spaced) -> float | None:
         """None of few connections, and of processes that hardly rest: what a connection adds to that is not to be told."""
-        count = len(spaced.woken)
-        if count < 10:
+        count, waiters = len(spaced.woken), len(self._waiters)
+        if count < _FEW or not waiters:
             return None
-        waiters = max(1, len(self._waiters))
         woken, restless = (sum(counts) / count / waiters for counts in (spaced.woken, spaced.restless))
+        error = math.sqrt(2 * waiters * restless * (1 - restless) / count)
         # One that would have woken anyway may have been woken by the connection as well.
-        return waiters * (woken - restless) / (1 - restless) if restless < 0.25 * woken else None
+        return waiters * (woken - restless) / (1 - restless) if restless < 1 and error < _UNSURE else None
 
 
 def _holds(member: Member, pid: int) -> bool:
