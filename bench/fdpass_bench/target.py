@@ -333,10 +333,16 @@ def _asked(conn: socket.socket, target: Target, timeout: float) -> http.client.H
     deadline = time.monotonic() + timeout
     conn.sendall(f"GET {target.path} HTTP/1.1\r\nHost: {target.address}\r\n\r\n".encode())
     response = http.client.HTTPResponse(conn, method="GET")
-    response.begin()
-    while response.read1(1 << 16):
-        if time.monotonic() > deadline:
-            raise TimeoutError
+    try:
+        response.begin()
+        while response.read1(1 << 16):
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+    except BaseException:
+        response.close()  # it holds the connection open
+        raise
     return response
 
 
@@ -378,6 +384,8 @@ _TLS = "{} speaks TLS, which is not supported: name a port that speaks plain HTT
 def _said(error: Exception) -> str:
     if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
         return f"what came is not HTTP ({str(error)[:40]!r})"
+    if isinstance(error, http.client.IncompleteRead):
+        return f"the answer breaks off {error.expected} bytes before its end"
     if isinstance(error, http.client.RemoteDisconnected):
         return "the connection was closed without an answer"
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
