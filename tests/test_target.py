@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -277,8 +278,33 @@ def test_holders_that_may_not_be_looked_into_are_unknown(monkeypatch: pytest.Mon
     assert seen.hidden > 0
     assert len(seen.latency) == 40
     first, *others = diagnosis.sentences(studied(seen))
-    assert first.startswith(f"Which processes serve 127.0.0.1:{port} is unknown: none that this user may look into")
+    assert first.startswith(
+        f"Which processes serve 127.0.0.1:{port} is unknown: the socket is {holders.user_of(os.geteuid())}'s, and none "
+    )
     assert not any("pid" in text or "woke" in text for text in others)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_the_server_of_another_user_is_measured_and_not_named() -> None:
+    nobody = 65534
+
+    def look(port: int, result: Any) -> None:
+        os.setgroups([])
+        os.setgid(nobody)
+        os.setuid(nobody)
+        seen = targets.look(Target.parse(str(port)), 20.0)
+        result.send((seen.workers, seen.known, seen.woken, seen.waiters, seen.owner, len(seen.latency)))
+
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    socket.getaddrinfo("localhost", 80)  # what a resolver loads may not be readable to another user
+    with receive, send, passing() as (port, _, _):
+        child = context.Process(target=look, args=(port, send))
+        child.start()
+        assert receive.poll(60)
+        assert receive.recv() == ([], 0, None, 0, "root", 40)
+        child.join()
+        child.close()
 
 
 def test_what_a_server_answers_with_is_told_before_it_is_loaded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -53,8 +53,10 @@ def _sharing(name: str, seen: Seen) -> str:
     if seen.unknown is not None:
         return f"Which processes serve {name} is unknown: {seen.unknown}."
     if not workers:
-        more = "as root (sudo) this command sees more" if os.geteuid() else "the kernel hides them"
-        return f"Which processes serve {name} is unknown: none that this user may look into was seen to take connections; {more}."
+        more = "; as root (sudo) this command sees more" if os.geteuid() else ""
+        return (
+            f"Which processes serve {name} is unknown: the socket is {seen.owner}'s, and none that this user may look into took any{more}."
+        )
     named = pids_of(workers) if len(workers) <= _MOST_NAMED else f"pids {workers[0]} to {workers[-1]}"
     passing = _passing(seen)
     if passing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -145,3 +146,11 @@ def warning(member: Member, here: Sequence[Member], seconds: float, unreadable: 
 def pids_of(pids: Sequence[int]) -> str:
     """ "pid 7", "pids 7, 8"."""
     return f"pid {pids[0]}" if len(pids) == 1 else f"pids {', '.join(map(str, pids))}"
+
+
+def user_of(uid: int) -> str:
+    """Its name, or "uid 7"."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"

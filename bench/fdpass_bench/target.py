@@ -113,7 +113,7 @@ class Process:
 class Seen:
     """latency: seconds of each of the connections one after the other; of `known` it is known who took it. status: of the HTTP answer.
 
-    unknown: why nothing is known of its processes. sockets: how many listen. hidden: processes that may not be looked into.
+    unknown: why nothing is known of its processes. sockets: how many listen; owner: whose they are. hidden: processes that may not be seen.
     woken: processes that wait for connections, and that a connection woke, on average, beyond what wakes them without one; None where it
     cannot be told. black_holes: sentences.
     """
@@ -123,6 +123,7 @@ class Seen:
     status: int | None
     unknown: str | None = None
     sockets: int = 0
+    owner: str = ""
     processes: Sequence[Process] = ()
     known: int = 0
     woken: float | None = None
@@ -171,7 +172,9 @@ def look(target: Target, timeout: float) -> Seen:
         if not spaced.latency:
             raise TargetError(f"{target.text} answered once, and then no more: {_said(error)}") from error
     watch.look()
-    return Seen(target, spaced.latency, first, unknown, len(sockets), **watch.found(spaced))
+    return Seen(
+        target, spaced.latency, first, unknown, len(sockets), holders.user_of(sockets[0].uid) if sockets else "", **watch.found(spaced)
+    )
 
 
 def _listening(target: Target) -> tuple[str | None, list[sockdiag.ListeningSocket]]:

@@ -4,7 +4,6 @@ It says what it saw, and for how long; what cannot be known is said to be unknow
 from __future__ import annotations
 
 import os
-import pwd
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fdpass_bench.holders import Member, find_holders, observe, warning
+from fdpass_bench.holders import Member, find_holders, observe, user_of, warning
 from fdpass_bench.report import console
 from fdpass_bench.sockdiag import listening_sockets
 
@@ -64,7 +63,7 @@ def _table(members: Sequence[Member]) -> Table:
             table.add_row(*cells, str(holder.pid), member.does(holder.pid), command)
             cells = [""] * 4
         if not member.holders:
-            table.add_row(*cells, "?", "", f"not to be seen; the socket belongs to {_user(found.uid)}")
+            table.add_row(*cells, "?", "", f"not to be seen; the socket belongs to {user_of(found.uid)}")
     return table
 
 
@@ -87,10 +86,3 @@ def in_force(address: str, here: Sequence[Member]) -> str:
     if len(pids) == 1:
         return f"{address}: one socket, {held}; {queue}."
     return f"{address}: one queue: one socket, shared by {len(pids)} processes{seen}; {queue}."
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
