@@ -8,6 +8,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -312,6 +314,41 @@ def test_completion_is_clicks_own(words: str, expected: str) -> None:
     done = run(env=environment)
     assert done.returncode == 0, done.stderr
     assert expected in [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fdpass-bench ", "balance doctor pass report serve who"),
+        ("fdpass-bench who --h", "--help"),
+        ("fdpass-bench balance --strategies shared,reuseport-", "shared,reuseport-bare"),
+        # Readline's own words end at the colon: what is completed begins after it.
+        ("fdpass-bench balance --strategies shared:f", "first"),
+        ("fdpass-bench serve --strategy=shared:fi", "first"),
+    ],
+)
+def test_completion_in_a_bash(line: str, expected: str) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    script = f"""
+    source <(_FDPASS_BENCH_COMPLETE=bash_source "$@")
+    COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}
+    COMP_WORDS=($COMP_LINE) COMP_CWORD=1
+    _fdpass_bench_completion "$COMMAND"
+    IFS=' '; echo "${{COMPREPLY[*]}}"
+    """
+    here = Path(sys.executable).parent / "fdpass-bench"
+    if not here.exists():
+        pytest.skip("the command is not installed beside this interpreter")
+    done = subprocess.run(
+        [bash, "--norc", "-c", script, "bash", str(here)],
+        env={**os.environ, "COMMAND": str(here)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
 def test_the_line_in_the_help_turns_completion_on() -> None:

@@ -4,12 +4,13 @@ It knows click, and none of the commands."""
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class, split_arg_string
 
 LINES = 40
 #: "steady: connections per second.": an option of one scenario among several.
@@ -137,3 +138,30 @@ def listed(values: Callable[[], Iterable[str]]) -> Callable[[click.Context, clic
         return [CompletionItem(before + comma + value) for value in values() if value.startswith(last) and value not in given]
 
     return complete
+
+
+@add_completion_class
+class _Bash(BashComplete):
+    """Bash breaks a word at a colon, which stands in the names of strategies, and completes what comes after it: so it gives the line here,
+    and is given the rest of the word."""
+
+    source_template = BashComplete.source_template.replace(
+        'COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD',
+        'COMP_LINE="${COMP_LINE:0:$COMP_POINT}" COMP_WORDBREAKS="$COMP_WORDBREAKS"',
+    )
+    _before = ""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ.get("COMP_LINE")
+        if line is None:
+            return super().get_completion_args()
+        words = split_arg_string(line)
+        incomplete = "" if line[-1:].isspace() else words.pop()
+        if ":" in os.environ.get("COMP_WORDBREAKS", ""):
+            before, colon, _ = incomplete.rpartition(":")
+            self._before = (before + colon).rpartition("=")[2]
+        return words[1:], incomplete
+
+    def format_completion(self, item: CompletionItem) -> str:
+        item.value = str(item.value).removeprefix(self._before)
+        return super().format_completion(item)
