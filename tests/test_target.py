@@ -175,7 +175,6 @@ def test_the_verdict_names_the_processes_of_a_server(host: str, tmp_path: Path, 
     assert f"{address}: 2 processes share one socket (pids {workers[0]}, {workers[1]})." in out
     assert [one["pid"] for one in run["holders"] if one["worker"]] == workers
     assert {one["pid"]: one["does"] for one in run["holders"]}[first] == "holds it"
-    assert run["workers"] == 2
     # Every one of the connections one by one was taken by one of the two, and by nobody else.
     took = [one["took"] for one in run["holders"] if one["worker"]]
     assert sum(took) == run["one_by_one"]["known"] == run["one_by_one"]["connections"] > 0

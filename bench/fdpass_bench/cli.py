@@ -657,8 +657,6 @@ def _looked_at(work: Work, servers: Sequence[Server], chosen: bool, connections:
             f"fdpass-bench: an answer takes {slowest:.3g} ms; {rate:g} connections/s for {seconds:.0f} s now (--rate sets another).",
             file=sys.stderr,
         )
-    if len(found) == len(seen) == 1 and seen[0].workers:
-        work = replace(work, workers=len(seen[0].workers))
     return work, found
 
 
