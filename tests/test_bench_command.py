@@ -8,6 +8,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -220,7 +222,7 @@ def test_the_verdict_leaves_out_what_is_not_valid() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["frobnicate"], "frobnicate"),
+        (["frobnicate"], "there is no command 'frobnicate'; there are balance, doctor, pass, report, serve, who"),
         (["--frobnicate"], "--frobnicate"),
         (["balance", "--strategies", "shared,fair"], "'fair'; there are shared, reuseport, reuseport-bare"),
         (["balance", "--strategies", "shared:last"], "shared:first"),
@@ -234,8 +236,11 @@ def test_the_verdict_leaves_out_what_is_not_valid() -> None:
         (["serve", "127.0.0.1:0", "--strategy", "fair"], "'fair'"),
         (["serve", "unix:/tmp/fdpass-bench.sock", "--strategy", "reuseport"], "unix:"),
         (["who"], "PORT"),
-        (["who", "http"], "http"),
-        (["who", "65536"], "65536"),
+        (["who", "http"], "'http' is no port: a number from 1 to 65535"),
+        (["who", "0"], "a number from 1 to 65535"),
+        (["who", "65536"], "a number from 1 to 65535"),
+        (["pass", "--count", "many"], "'many' is not a whole number from 1 to 10000"),
+        (["serve", "--workers", "0"], "1<=x<=64"),
     ],
 )
 def test_bad_arguments(arguments: list[str], named: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -245,6 +250,23 @@ def test_bad_arguments(arguments: list[str], named: str, capfd: pytest.CaptureFi
     assert err.startswith("fdpass-bench: ")
     assert named in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["balance", "--scenario", "idle", "--workers", "1", "--connections", "2"]])
+def test_a_full_disk_is_one_sentence(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "fdpass-bench: cannot write standard output: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*COMMAND, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_bad_argument_ends_the_process_with_2() -> None:
@@ -282,6 +304,10 @@ def test_help_all_says_what_help_leaves_out(capsys: pytest.CaptureFixture[str]) 
         ("balance --peer nginx,gran", "nginx,granian"),
         ("pass --what carriers,st", "carriers,starts"),
         ("report --mark", "--markdown"),
+        ("serve --strategy reuse", "reuseport"),
+        ("pass --start-method spawn,fork", "spawn,forkserver"),
+        ("who --h", "--help"),
+        ("doctor --h", "--help"),
     ],
 )
 def test_completion_is_clicks_own(words: str, expected: str) -> None:
@@ -290,6 +316,41 @@ def test_completion_is_clicks_own(words: str, expected: str) -> None:
     done = run(env=environment)
     assert done.returncode == 0, done.stderr
     assert expected in [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fdpass-bench ", "balance doctor pass report serve who"),
+        ("fdpass-bench who --h", "--help"),
+        ("fdpass-bench balance --strategies shared,reuseport-", "shared,reuseport-bare"),
+        # Readline's own words end at the colon: what is completed begins after it.
+        ("fdpass-bench balance --strategies shared:f", "first"),
+        ("fdpass-bench serve --strategy=shared:fi", "first"),
+    ],
+)
+def test_completion_in_a_bash(line: str, expected: str) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    script = f"""
+    source <(_FDPASS_BENCH_COMPLETE=bash_source "$@")
+    COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}
+    COMP_WORDS=($COMP_LINE) COMP_CWORD=1
+    _fdpass_bench_completion "$COMMAND"
+    IFS=' '; echo "${{COMPREPLY[*]}}"
+    """
+    here = Path(sys.executable).parent / "fdpass-bench"
+    if not here.exists():
+        pytest.skip("the command is not installed beside this interpreter")
+    done = subprocess.run(
+        [bash, "--norc", "-c", script, "bash", str(here)],
+        env={**os.environ, "COMMAND": str(here)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
 def test_the_line_in_the_help_turns_completion_on() -> None:

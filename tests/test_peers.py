@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from fdpass_bench import measure, peers, sockdiag
-from fdpass_bench.peers import PEERS, RELOADING, Peer, PeerError, Recipe, Target
+from fdpass_bench.peers import PEERS, RELOADING, Peer, PeerError, Recipe
 
 SERVICE = 20_000_000  # ns
 
@@ -413,53 +413,3 @@ def test_nothing_of_it_reaches_the_terminal(capfd: pytest.CaptureFixture[str]) -
     with leaving_nothing(peer("uvicorn")) as (server, _):
         ask(server, 0)
     assert capfd.readouterr() == ("", "")
-
-
-# -------------------------------------------------------------------------------- targets
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("127.0.0.1:80", ("127.0.0.1", 80, "http", "/")),
-        ("[::1]:8000", ("::1", 8000, "http", "/")),
-        ("localhost:8000", ("127.0.0.1", 8000, "http", "/")),
-        ("http://127.0.0.1:8000", ("127.0.0.1", 8000, "http", "/")),
-        ("http://[0:0::1]:8000/a/b?c=d&e=%20", ("::1", 8000, "http", "/a/b?c=d&e=%20")),
-        ("tcp://127.0.0.1:65535", ("127.0.0.1", 65535, "tcp", "/")),
-    ],
-)
-def test_a_target(text: str, expected: tuple[str, int, str, str]) -> None:
-    assert Target.parse(f" {text} ") == Target(*expected, text)
-
-
-FORMS = r"is no target: HOST:PORT, \[::1\]:PORT, http://HOST:PORT/path or tcp://HOST:PORT"
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", FORMS),
-        ("localhost", FORMS),
-        ("http://localhost/", FORMS),
-        ("::1:8000", FORMS),
-        ("127.0.0.1:http", FORMS),
-        ("127.0.0.1:80/path", FORMS),
-        ("tcp://127.0.0.1:80/path", FORMS),
-        ("ftp://127.0.0.1:80", FORMS),
-        ("http://someone@127.0.0.1:80/", FORMS),
-        ("http://127.0.0.1:80/a b", FORMS),
-        ("http://127.0.0.1:80/a\r\nX: y", FORMS),
-        ("http://127.0.0.1:80/a#b", FORMS),
-        ("http://127.0.0.1:80/ü", FORMS),
-        ("127.0.0.1:0", "a port is 1 to 65535"),
-        ("127.0.0.1:65536", "a port is 1 to 65535"),
-        ("[127.0.0.1]:80", r"\[127.0.0.1\] is no IPv6 address"),
-        ("https://127.0.0.1:443/", "TLS is not supported"),
-        ("no-such-host.invalid:80", "'no-such-host.invalid' does not resolve"),
-        (f"{'a' * 64}.invalid:80", "does not resolve"),
-    ],
-)
-def test_no_target(text: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=problem):
-        Target.parse(text)

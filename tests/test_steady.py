@@ -23,6 +23,7 @@ import pytest
 from fdpass_bench import answer, answer_async, cli, figures, steady
 from fdpass_bench.servers import Group
 from fdpass_bench.strategy import Strategy
+from fdpass_bench.target import Target
 
 import fdpass
 
@@ -38,7 +39,8 @@ def measured(path: Path, *arguments: str) -> dict[str, Any]:
         [*COMMAND, "--json", str(path), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
     )
     data: dict[str, Any] = json.loads(path.read_text())
-    assert set(data) == {"schema", "environment", "runs", "work", "calibration", "ideals", "comparisons"}
+    targets = {"verdict"} if any(one["server"] == "target" for one in data["runs"]) else set()
+    assert set(data) == {"schema", "environment", "runs", "work", "calibration", "ideals", "comparisons"} | targets
     assert data["schema"] == 1
     for one in data["runs"]:
         assert set(one["outcomes"]) == OUTCOMES
@@ -247,14 +249,37 @@ def target(behave: Callable[[socket.socket], None]) -> Iterator[str]:
     ("behave", "outcome"),
     [(_refuse, "refused"), (_hang, "timeout"), (_garbage, "bad_answer"), (_reset, "reset"), (_half, "reset")],
 )
-def test_a_target_that_does_not_answer_is_told_as_it_is(tmp_path: Path, behave: Callable[[socket.socket], None], outcome: str) -> None:
+def test_a_target_that_stops_answering_is_told_as_it_is(behave: Callable[[socket.socket], None], outcome: str) -> None:
+    work = steady.Work(workers=1, connections=100, rate=500.0, service=0.0, repeats=1, time_limit=1.0)
     with target(behave) as address:
-        arguments = ("--target", address, "--rate", "500", "--connections", "100", "--repeats", "1", "--time-limit", "1")
-        (one,) = measured(tmp_path / "target.json", *arguments)["runs"]
+        server = steady.TargetServer(Target.parse(address))
+        trial = steady.measure_trial(server, work, 0, lambda ended: None)
+    one = figures.figures_of(server, work, [trial], None).as_json()
     assert one["outcomes"][outcome] == 100
     assert not one["valid"]
     assert "no request was answered: 100 " in one["invalid_reason"]
     assert (one["strategy"], one["server"], one["per_worker"], one["latency_ms"]) == (address, "target", [], None)
+
+
+@pytest.mark.parametrize(
+    ("behave", "said"),
+    [
+        (_refuse, "nothing listens on 127.0.0.1:"),
+        (_hang, "gave no answer to GET / within 1 s (--time-limit sets another)"),
+        (_garbage, "what came is not HTTP"),
+        (_reset, "Connection reset by peer"),
+        (_half, "does not answer GET /: the answer breaks off 94 bytes before its end"),
+    ],
+)
+def test_a_target_that_does_not_answer_is_not_loaded(
+    behave: Callable[[socket.socket], None], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "target.json"
+    with target(behave) as address:
+        assert cli.main(["balance", "--target", address, "--time-limit", "1", "--json", str(path)]) == 1
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n"), path.exists()) == ("", 1, False)
+    assert said in err
 
 
 @pytest.mark.parametrize(("behave", "form"), [(_whole, "{}"), (_other_clock, "http://{}/any?path"), (_speaks_first, "tcp://{}")])
@@ -451,7 +476,7 @@ def test_repeats_are_in_the_order_abba() -> None:
         (["--rate", "5", "--load", "0.5"], "--rate and --load exclude each other"),
         (["--load", "1.2"], "--load"),
         (["--service-ms", "0", "--scenario", "steady"], "--rate"),
-        (["--target", "127.0.0.1:1"], "--target needs --rate"),
+        (["--target", "127.0.0.1:1", "--load", "0.5"], "--load has no meaning for a --target"),
         (["--target", "nowhere", "--rate", "5"], "nowhere"),
         (["--rate", "nan"], "nan"),
         (["--target", "tcp://127.0.0.1:1", "--rate", "5", "--requests-per-connection", "2"], "tcp"),

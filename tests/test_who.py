@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fdpass_bench import sockdiag, waiting, who
+from fdpass_bench import holders, sockdiag, waiting, who
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's /proc")
 
@@ -169,8 +169,8 @@ def test_one_queue_is_a_black_hole_only_when_nobody_waits(capsys: pytest.Capture
         assert "holds it" in out
 
 
-def member(queues: list[int], waited: bool) -> who.Member:
-    found = who.Member(sockdiag.ListeningSocket("127.0.0.1:1", 7, queues[0], 10, 0), [who.Holder(1, "server")], queues)
+def member(queues: list[int], waited: bool) -> holders.Member:
+    found = holders.Member(sockdiag.ListeningSocket("127.0.0.1:1", 7, queues[0], 10, 0), [holders.Holder(1, "server")], queues)
     if waited:
         found.waited[1] = "epoll"
     return found
@@ -178,22 +178,22 @@ def member(queues: list[int], waited: bool) -> who.Member:
 
 def test_a_queue_that_stands_while_others_empty() -> None:
     stands, moves, empty = member([2, 2, 3], True), member([2, 1, 3], True), member([0, 0, 0], True)
-    text = who.warning(stands, [stands, empty], 1.0, 0)
+    text = holders.warning(stands, [stands, empty], 1.0, 0)
     assert text is not None
     assert "its queue grew from 2 to 3 while those of others emptied" in text
-    assert who.warning(moves, [moves, empty], 1.0, 0) is None
+    assert holders.warning(moves, [moves, empty], 1.0, 0) is None
     # When all stand, all are busy: that is load, not a black hole.
-    assert who.warning(stands, [stands, member([5, 5, 5], True)], 1.0, 0) is None
+    assert holders.warning(stands, [stands, member([5, 5, 5], True)], 1.0, 0) is None
 
 
 def test_what_cannot_be_known_is_not_claimed() -> None:
     hidden = member([1, 1], False)
     hidden.unknown[1] = "it has an io_uring, which may accept"
-    text = who.warning(hidden, [hidden], 1.0, 0)
+    text = holders.warning(hidden, [hidden], 1.0, 0)
     assert (
         text
         == "Whether anybody accepts from socket 7 cannot be told (pid 1: it has an io_uring, which may accept); 1 connection waits there."
     )
     nobody = member([0, 0], False)
     nobody.holders.clear()
-    assert "cannot be told" in str(who.warning(nobody, [nobody], 1.0, 3))
+    assert "cannot be told" in str(holders.warning(nobody, [nobody], 1.0, 3))

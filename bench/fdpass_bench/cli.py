@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import itertools
 import math
 import multiprocessing
@@ -22,14 +24,14 @@ from fdpass_bench import scenarios, screens
 
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
-    from fdpass_bench.campaign import Campaign, Result, Step
+    from fdpass_bench.campaign import Campaign, Result, Steady, Step
     from fdpass_bench.checkpoint import Checkpoint
-    from fdpass_bench.peers import Target
     from fdpass_bench.price import Plan as PricePlan
     from fdpass_bench.runs import Plan
     from fdpass_bench.servers import Group, PeerServer, Server, Wanted
     from fdpass_bench.steady import Work
     from fdpass_bench.strategy import Strategy
+    from fdpass_bench.target import Target
 
 _MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
 _PRICES = ("carriers", "starts", "descriptors", "outstanding", "receivers")
@@ -68,10 +70,10 @@ def _every_peer() -> list[str]:
 def _targets(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> list[Target]:
     if not texts:
         return []
-    from fdpass_bench import peers
+    from fdpass_bench.target import Target
 
     try:
-        return list(dict.fromkeys(peers.Target.parse(text) for text in texts))
+        return list(dict.fromkeys(Target.parse(text) for text in texts))
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from error
 
@@ -144,16 +146,20 @@ _json = click.option(
 )
 _html = click.option("--html", "html_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write one self-contained page to it.")
 _WORKERS = (1, 64)
-_workers = click.option("--workers", type=click.IntRange(*_WORKERS), default=4, show_default=True, help="How many worker processes.")
+_workers = click.option("--workers", type=screens.Whole(*_WORKERS), default=4, show_default=True, help="How many worker processes.")
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=screens.Group, invoke_without_command=True)
 @click.version_option(package_name="fdpass")
 @click.pass_context
 def command(ctx: click.Context) -> int:
     """Shows with real connections how k worker processes share one port, and what each way loses when workers die.
 
     Without a command: a demonstration of all scenarios, in less than a minute.
+
+    \b
+    A verdict about your own server, while it runs (a port, HOST:PORT or URL):
+      fdpass-bench balance --target 8000
 
     \b
     Examples:
@@ -282,7 +288,14 @@ def command(ctx: click.Context) -> int:
     default=None,
     help="loops, matrix: runs of each server, in ABBA order.  [default: 2, few-clients 6]",
 )
-@click.option("--target", "targets", metavar="HOST:PORT", multiple=True, callback=_targets, help="loops: a server that runs already.")
+@click.option(
+    "--target",
+    "targets",
+    metavar="ADDRESS",
+    multiple=True,
+    callback=_targets,
+    help="A server that runs already: PORT, HOST:PORT or URL.  [its rate: half of what one client gets, 100 at most]",
+)
 @click.option(
     "--peer",
     "peers",
@@ -340,10 +353,9 @@ def balance(
     \b
     Examples:
       fdpass-bench balance --strategies shared,shared:first --scenario idle
-      fdpass-bench balance --strategies shared:uvicorn,shared:uvicorn-stock
       fdpass-bench balance --scenario steady --load 0.8 --peer gunicorn
       fdpass-bench balance --scenario heavy-tail --load 0.3:0.9:0.1
-      fdpass-bench balance --target 127.0.0.1:8000 --rate 200
+      fdpass-bench balance --target http://127.0.0.1:8000/health
     """
     if resume is not None:
         return _resume(ctx, resume)
@@ -405,6 +417,8 @@ def balance(
     if service_ms is not None and words == ["long-lived"]:
         raise click.UsageError("--service-ms has no meaning in long-lived, whose connections stay until they are closed")
     _refuse_unwritable(json_file, html_file)
+    if targets:
+        loops = _looked_at(loops, rate is None, connections)
     return _measure(Campaign(plans, loops), json_file, html_file)
 
 
@@ -433,6 +447,14 @@ def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
     if not common:
         raise click.UsageError(f"{', '.join(of)} belong to no scenario together")
     return ["steady"] if "steady" in common else common[:1]
+
+
+def _port(ctx: click.Context, param: click.Parameter, text: str) -> int:
+    """Of an address only the port: who looks at every address that it is bound to."""
+    name = text.rpartition(":")[2]
+    if not (name.isascii() and name.isdigit() and 1 <= int(name) <= 65535):
+        raise click.BadParameter(f"{text!r} is no port: a number from 1 to 65535", ctx, param)
+    return int(name)
 
 
 def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Parameter, Sequence[str]], list[str]]:
@@ -467,11 +489,11 @@ def _of(kind: str, allowed: Sequence[str]) -> Callable[[click.Context, click.Par
     help=f"starts: of {', '.join(multiprocessing.get_all_start_methods())}.  [default: all]",
 )
 @click.option("--sender", type=click.Choice(["idle", "busy", "both"]), default=None, help="carriers: what it does.  [default: both]")
-@click.option("--count", type=click.IntRange(1, 10000), default=None, help="Operations of each side in a round.  [default: by comparison]")
-@click.option("--repeats", type=click.IntRange(1, 1000), default=6, show_default=True, help="Rounds, in ABBA order.")
+@click.option("--count", type=screens.Whole(1, 10000), default=None, help="Operations of each side in a round.  [default: by comparison]")
+@click.option("--repeats", type=screens.Whole(1, 1000), default=6, show_default=True, help="Rounds, in ABBA order.")
 @click.option(
     "--tickets",
-    type=click.IntRange(0, 10_000_000),
+    type=screens.Whole(0, 10_000_000),
     default=None,
     help="outstanding: made and claimed, to see what grows.  [default: 100000]",
 )
@@ -563,7 +585,7 @@ def report(files: Sequence[str], html_file: str | None, csv_file: str | None, ma
 def serve(address: str, workers: int, strategy: Strategy) -> int:
     """Answers each HTTP request with its worker's index, until Ctrl-C or SIGTERM.
 
-    ADDRESS is host:port, [::1]:port or, under shared, unix:/path.
+    ADDRESS is a port, host:port, [::1]:port or, under shared, unix:/path.
 
     \b
     Example:
@@ -574,7 +596,7 @@ def serve(address: str, workers: int, strategy: Strategy) -> int:
 
     with _interruptible():
         try:
-            return serving.serve(address, workers, strategy)
+            return serving.serve(f"127.0.0.1:{address}" if address.isdigit() else address, workers, strategy)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
 
@@ -595,7 +617,7 @@ def doctor() -> int:
 
 
 @command.command(cls=screens.Command, short_help="Show who listens on a port, and the queues.")
-@click.argument("port", type=click.IntRange(1, 65535))
+@click.argument("port", callback=_port)
 def who(port: int) -> int:
     """Shows which processes hold the listening sockets of a TCP port, how they share it, and the queue and limit of each socket.
 
@@ -713,8 +735,8 @@ def _work(
         raise click.UsageError(f"{' and '.join(together)} exclude each other")
     clients = asked["clients"] or (max(found["clients"], 2 * workers) if few else 0)
     rate, requests, think = found["rate"], found["requests"] or 1, (found["think_ms"] or 0.0) / 1000
-    if targets and not rate and not clients:
-        raise click.UsageError("--target needs --rate, the connections per second that its server shall get, or --clients")
+    if targets and asked["load"]:
+        raise click.UsageError("--load has no meaning for a --target, of which nobody knows what it can do: give --rate or --clients")
     if clients and found["arrivals"]:
         raise click.UsageError("--arrivals has no meaning in the closed loop of --clients")
     if asked["think_ms"] is not None and requests == 1:
@@ -722,13 +744,15 @@ def _work(
     service = (0.0 if targets else 0.004) if service is None else service
     if few and asked["think_ms"] is None:
         think = _pause(clients, workers, service, found["load"])
+    if not rate and not clients and targets:
+        rate = 1.0  # until it is known how fast it answers
     if not rate and not clients:
         if not service:
             raise click.UsageError("with --service-ms 0 a load has no rate: give --rate")
         rate = (found["load"] or 0.7) * workers / (service * requests)
     # So that the defaults end within a minute; a closed loop goes as fast as its workers do.
     expected = rate or (workers / (service * requests) if service else math.inf)
-    connections = connections or (clients if few else int(max(100, min(4000, 6 * expected))))
+    connections = connections or (clients if few else _enough(expected, targets))
     if connections * requests > _MOST_REQUESTS:
         raise click.UsageError(f"{connections} connections of {requests} requests are more than the {_MOST_REQUESTS} that a run can hold")
     return Work(
@@ -763,6 +787,43 @@ def _pause(clients: int, workers: int, service: float, load: float) -> float:
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _enough(rate: float, targets: bool) -> int:
+    """The connections of six seconds, in bounds; of a target that gets few a second, fewer still."""
+    return int(max(20 if targets else 100, min(100, 20 * rate), min(4000, 6 * rate)))
+
+
+def _looked_at(loops: Sequence[Steady], chosen: bool, connections: int | None) -> list[Steady]:
+    """With what was seen of each target. `chosen`: the rate follows from it, for nobody gave one."""
+    from fdpass_bench import target
+    from fdpass_bench.campaign import Steady
+    from fdpass_bench.servers import TargetServer
+
+    seen: dict[str, TargetServer] = {}
+    try:
+        for server in loops[0].servers:
+            if isinstance(server, TargetServer):
+                seen[server.name] = dataclasses.replace(server, seen=target.look(server.target, loops[0].work.time_limit))
+    except target.TargetError as error:
+        raise click.ClickException(f"{error}.") from error
+    looks = [one.seen for one in seen.values() if one.seen is not None]
+    found = []
+    for loop in loops:
+        work = loop.work
+        if chosen and not work.clients:
+            rate = min(one.modest_rate for one in looks)
+            work = dataclasses.replace(work, rate=rate, connections=connections or _enough(rate, True))
+            # What goes on from a checkpoint has to ask for the same.
+            click.get_current_context().meta[screens.ARGUMENTS] += ["--rate", repr(rate), "--connections", str(work.connections)]
+            slowest = max(one.mean for one in looks) * 1000
+            seconds = work.repeats * work.connections / rate
+            print(
+                f"fdpass-bench: an answer takes {slowest:.3g} ms; {rate:g} connections/s for {seconds:.0f} s now (--rate sets another).",
+                file=sys.stderr,
+            )
+        found.append(Steady(work, [seen.get(server.name, server) for server in loop.servers]))
+    return found
 
 
 def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = None) -> int:
@@ -949,9 +1010,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process: it was started with a closed one
     try:
         status = command.main(args=None if arguments is None else list(arguments), prog_name="fdpass-bench", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         print(f"fdpass-bench: {error.format_message()}", file=sys.stderr)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        # Only standard output fails so: all else that is written is dealt with where it is. Its buffer would fail again at the end.
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # who reads no more needs no word
+            print(f"fdpass-bench: cannot write standard output: {error.strerror}", file=sys.stderr)
+        return 1
     return int(status or 0)

@@ -21,6 +21,11 @@ def starting(workers: int) -> float:
     return 0.3 + 0.25 * workers
 
 
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those of them that are still there, dead ones that nobody has collected among them."""
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
 def task_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 

@@ -1,4 +1,4 @@
-"""Other people's servers: started here on a loopback port, each worker doing one thing at a time; or running already, as a target.
+"""Other people's servers, started here on a loopback port, each worker doing one thing at a time.
 It knows how each is started, looked at and ended. It sends no load and measures nothing.
 """
 
@@ -8,7 +8,6 @@ import contextlib
 import functools
 import importlib.metadata
 import inspect
-import ipaddress
 import os
 import pwd
 import re
@@ -509,48 +508,3 @@ _GUARDED = "\n".join(
         "_guarded()",
     ]
 )
-
-
-# -------------------------------------------------------------------------------- what runs already
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server that somebody else runs. host: an IPv4 or IPv6 literal; protocol: "http" or "tcp"; text: as it was written."""
-
-    host: str
-    port: int
-    protocol: str
-    path: str
-    text: str
-
-    @classmethod
-    def parse(cls, text: str) -> Target:
-        """Of a name's addresses an IPv4 one is preferred: "localhost" is ::1 as well, where fewer servers listen.
-
-        Raises ValueError for another form, for TLS, for a port that is none and for a name that does not resolve.
-        """
-        text = text.strip()
-        if text.lower().startswith("https://"):
-            raise ValueError(f"TLS is not supported, so {text!r} cannot be a target")
-        found = re.fullmatch(r"(?:(http|tcp)://)?(?:\[([^\s\[\]]+)\]|([^\s:/\[\]@?#]+)):(\d{1,5})(/[!\"$-~]*)?", text, re.ASCII)
-        if found is None or (found[1] != "http" and found[5]):
-            raise ValueError(f"{text!r} is no target: HOST:PORT, [::1]:PORT, http://HOST:PORT/path or tcp://HOST:PORT")
-        protocol, literal, name, port, path = found.groups()
-        if not 1 <= int(port) <= 65535:
-            raise ValueError(f"{text!r} is no target: a port is 1 to 65535")
-        return cls(_resolved(literal, name), int(port), protocol or "http", path or "/", text)
-
-
-def _resolved(literal: str | None, name: str) -> str:
-    if literal is not None:
-        try:
-            return str(ipaddress.IPv6Address(literal))
-        except ValueError:
-            raise ValueError(f"[{literal}] is no IPv6 address") from None
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{name!r} does not resolve: {getattr(error, 'strerror', None) or error}") from None
-    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    return str(found[0][4][0])

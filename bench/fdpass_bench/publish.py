@@ -26,9 +26,12 @@ def refuse_unwritable(*files: str | None) -> None:
         raise PublishError(f"{next(file for file in named if named.count(file) > 1)} cannot be written twice")
     for file in named:
         if file != "-":
+            there = os.path.lexists(file)
             try:
                 with open(file, "a"):
                     pass
+                if not there:
+                    os.unlink(file)  # nothing has been found yet, and may never be
             except OSError as error:
                 raise PublishError(f"cannot write {file}: {error.strerror}") from error
 

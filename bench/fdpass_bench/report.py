@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fdpass
-from fdpass_bench import contenders, estimate, matrix, measure, price, sweep_tables
+from fdpass_bench import contenders, diagnosis, estimate, matrix, measure, price, sweep_tables
 from fdpass_bench.figures import Study
 from fdpass_bench.runs import Run
 from fdpass_bench.scenario_tables import TABLES, and_, named, outcomes_of, scenario_table, words_of
@@ -163,7 +163,7 @@ def _show_study(study: Study, out: Console) -> None:
 def _show_said(study: Study, out: Console) -> None:
     """What says nothing and why, and who beats whom."""
     for one in study.figures:
-        if not one.valid:
+        if not one.valid and diagnosis.seen_of(one) is None:
             out.print(f"{one.name} is INVALID and says nothing: {'; '.join(one.reasons)}.")
     overflows = {one.name: sum(trial.overflows for trial in one.trials) for one in study.figures}
     for name, count in overflows.items():
@@ -172,6 +172,9 @@ def _show_said(study: Study, out: Console) -> None:
     for comparison in study.comparisons:
         if comparison.first.valid and comparison.second.valid:
             out.print(f"{comparison.sentence}.")
+    for one in study.figures:
+        if said := diagnosis.sentences(one):
+            out.print("", *said, sep="\n")
     if not study.figures:
         out.print("Nothing was measured.")
 
@@ -446,15 +449,17 @@ def as_json(runs: Sequence[Run], studies: Sequence[Study], environment: dict[str
     found: dict[str, Any] = {
         "schema": 1,
         "environment": environment,
-        "runs": [run.as_json() for run in runs] + [one.as_json() for study in studies for one in study.figures],
+        "runs": [run.as_json() for run in runs] + [one.as_json() | diagnosis.as_json(one) for study in studies for one in study.figures],
     }
-    if runs:
-        found["verdict"] = verdict(runs)
+    said = [verdict(runs)] if runs else []
+    said += [text for study in studies if (text := diagnosis.verdict(study.figures))]
+    if ranked := matrix.rankings(studies):
+        found["rankings"] = [one.as_json() for one in ranked]
+        said.append(matrix.verdict(ranked))
+    if said:
+        found["verdict"] = " ".join(said)
     if studies:
         each = [_study_json(study) for study in studies]
-        if ranked := matrix.rankings(studies):
-            found |= {"rankings": [one.as_json() for one in ranked]}
-            found["verdict"] = f"{found['verdict']} {matrix.verdict(ranked)}" if runs else matrix.verdict(ranked)
         # What was asked for once stands above the runs; a sweep has it for each of its studies.
         found |= each[0] if len(each) == 1 else {"studies": each, "comparisons": [one for study in each for one in study["comparisons"]]}
     return found

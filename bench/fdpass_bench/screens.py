@@ -1,20 +1,43 @@
-"""How a command's help is laid out: it fits a screen, and where all of it does not, one option says all; and how lists are completed.
+"""How a command talks: help that fits a screen, or an option that says all of it; what is allowed, where something is not; lists completed.
 It knows click, and none of the commands."""
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class, split_arg_string
 
 LINES = 40
 ARGUMENTS = "fdpass_bench.arguments"  # of a context's meta: the command's, as they were written
 #: "loops: connections per second.": an option of one scenario, of a family of them, or of another purpose that not everybody has.
 _BELONGS = re.compile(r"[a-z -]+(, [a-z -]+)*: ")
 _KINDS: Sequence[tuple[type, str]] = ((click.IntRange, "N"), (click.FloatRange, "X"), (click.Path, "FILE"), (click.Choice, "NAME"))
+
+
+class Whole(click.IntRange):
+    """An IntRange that says which numbers are allowed to what is none, too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number from {self.min} to {self.max}", param, ctx)
+        number: int = super().convert(value, param, ctx)
+        return number
+
+
+class Group(click.Group):
+    """A group that says which commands there are."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"there is no command {args[0]!r}; there are {', '.join(self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
 
 
 class Command(click.Command):
@@ -120,3 +143,30 @@ def listed(values: Callable[[], Iterable[str]]) -> Callable[[click.Context, clic
         return [CompletionItem(before + comma + value) for value in values() if value.startswith(last) and value not in given]
 
     return complete
+
+
+@add_completion_class
+class _Bash(BashComplete):
+    """Bash breaks a word at a colon, which stands in the names of strategies, and completes what comes after it: so it gives the line here,
+    and is given the rest of the word."""
+
+    source_template = BashComplete.source_template.replace(
+        'COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD=$COMP_CWORD',
+        'COMP_LINE="${COMP_LINE:0:$COMP_POINT}" COMP_WORDBREAKS="$COMP_WORDBREAKS"',
+    )
+    _before = ""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ.get("COMP_LINE")
+        if line is None:
+            return super().get_completion_args()
+        words = split_arg_string(line)
+        incomplete = "" if line[-1:].isspace() else words.pop()
+        if ":" in os.environ.get("COMP_WORDBREAKS", ""):
+            before, colon, _ = incomplete.rpartition(":")
+            self._before = (before + colon).rpartition("=")[2]
+        return words[1:], incomplete
+
+    def format_completion(self, item: CompletionItem) -> str:
+        item.value = str(item.value).removeprefix(self._before)
+        return super().format_completion(item)

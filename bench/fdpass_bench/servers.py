@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import fdpass
-from fdpass_bench import peers
+from fdpass_bench import measure, peers
 from fdpass_bench.strategy import Manner, Strategy
+from fdpass_bench.target import Seen, Target
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,10 @@ class PeerServer:
 
 @dataclass(frozen=True)
 class TargetServer:
-    """A server that somebody else runs."""
+    """A server that somebody else runs. seen: what is known of its processes, None where nobody looked."""
 
-    target: peers.Target
+    target: Target
+    seen: Seen | None = None
     kind = "target"
     version = None
     credits = None
@@ -217,7 +219,9 @@ class TargetServer:
 
     @property
     def serving(self) -> Serving:
-        return Serving(self.target.host, self.target.port, protocol=self.target.protocol, path=self.target.path)
+        pids = [process.pid for process in self.seen.workers] if self.seen else []
+        one = self.target
+        return Serving(one.host, one.port, Workers(lambda: measure.alive(pids)), protocol=one.protocol, path=one.path)
 
     @contextmanager
     def serve(self, wanted: Wanted) -> Iterator[Serving]:

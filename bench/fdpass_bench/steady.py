@@ -3,7 +3,6 @@ It measures one trial at a time and keeps the raw figures; what they mean is fig
 
 from __future__ import annotations
 
-import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -71,7 +70,8 @@ class Work:
         if self.rate:
             load = max(busy, self.connections / self.rate) + each
         else:
-            load = max(busy, self.connections / max(1, self.clients) * each, self.connections * self.requests / _FASTEST)
+            rounds = self.connections / max(1, self.clients)
+            load = max(busy, rounds * each, self.connections * self.requests / _FASTEST) + self.connections * self.gap
         return measure.starting(self.workers) + _SETTLE + _IDLE_WINDOW + _GENERATOR + load
 
     @property
@@ -132,6 +132,7 @@ class Trial:
     begun_per_s: float = 0.0
     seconds: float = 0.0
     cpu_seconds: float | None = None  # of the server's workers
+    cpu_of: dict[int, float] = field(default_factory=dict)  # the same by pid
     generator_cpu_seconds: float = 0.0
     idle_switches_per_second: float | None = None  # voluntary, of all workers together
     switches: float | None = None  # voluntary, of the workers, without what idle workers cost in that time
@@ -192,7 +193,7 @@ def _load(
         time.sleep(_IDLE_WINDOW)
         idle_rate = trial.idle_switches_per_second = switches.total() / (time.monotonic() - began)
     counters = measure.listen_counters()
-    cpu = sum(map(measure.cpu_seconds, pids))
+    cpu = {pid: measure.cpu_seconds(pid) for pid in pids}
     switches = measure.Switches(pids)
     began = time.monotonic()
     result = generator.run(work.load_of(serving, repeat), ended)
@@ -202,11 +203,14 @@ def _load(
     _take(trial, result, work, believed)
     if pids:
         try:
-            trial.cpu_seconds = (sum(map(measure.cpu_seconds, pids)) - cpu) or None
+            cpu_of = {pid: measure.cpu_seconds(pid) - before for pid, before in cpu.items()}
             trial.switches = switches.total() - idle_rate * trial.seconds
+            trial.cpu_of, trial.cpu_seconds = cpu_of, sum(cpu_of.values()) or None
         except FileNotFoundError:
-            left = sum(map(os.path.exists, (f"/proc/{pid}" for pid in pids)))
-            trial.problem = f"{len(pids) - left} of {len(pids)} workers ended while they were loaded"
+            # Somebody else's server may replace its workers as it likes: what they cost is then unknown, and nothing else.
+            if believed:
+                gone = len(pids) - len(measure.alive(pids))
+                trial.problem = f"{gone} of {len(pids)} workers ended while they were loaded"
 
 
 def _take(trial: Trial, result: loadgen.Result, work: Work, believed: bool) -> None:
