@@ -241,8 +241,7 @@ def _calibrated(found: dict[str, Any]) -> str:
     latency, lag = found["latency_ms"], found["lag_ms"]
     if not latency:
         return f"A server that answers at once did not answer: {found['problem'] or 'no connection came about'}."
-    # Clients with one connection each have no schedule to lag behind.
-    late = f", schedule lag p99 {lag['p99']:.3g} ms" if lag else ""
+    late = f", schedule lag p99 {lag['p99']:.3g} ms" if lag else ""  # of clients that begin all at once there is none
     return (
         f"Against a server that answers at once: mean {latency['mean']:.3g} ms, p99 {latency['p99']:.3g} ms{late}; "
         f"the generator spends {found['generator_cpu_us_per_connection']} us on a connection."
