@@ -107,6 +107,13 @@ def test_closed_loop(tmp_path: Path) -> None:
     assert (one["offered_per_s"], one["theory"]) == (None, None)
 
 
+def test_clients_with_one_kept_connection_each_have_no_schedule(tmp_path: Path) -> None:
+    arguments = ("--workers", "2", "--clients", "8", "--connections", "8", "--requests-per-connection", "3", "--service-ms", "1")
+    data = measured(tmp_path / "clients.json", "--strategies", "shared", *arguments, "--repeats", "1")
+    assert data["runs"][0]["outcomes"]["ok"] == 24
+    assert data["calibration"]["lag_ms"] is None
+
+
 def test_kept_connections_and_requests(tmp_path: Path) -> None:
     arguments = ("--workers", "2", "--rate", "60", "--requests-per-connection", "5", "--think-ms", "3", "--service-ms", "1")
     (one,) = measured(tmp_path / "kept.json", "--strategies", "shared", *arguments, "--connections", "60", "--repeats", "1")["runs"]
