@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -29,9 +30,9 @@ FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:Depreca
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Waits for a condition; the test's own time limit is the only one."""
+    """Waits for a condition; the test's own time limit is the only one. A wait that spun would take the processor from what it waits for."""
     while not condition():
-        os.sched_yield()
+        time.sleep(0.001)
 
 
 def group(target: Any, workers: int = 2, address: str = "127.0.0.1:0", **options: Any) -> fdpass.WorkerGroup:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -53,9 +54,9 @@ def talk(endpoint: fdpass.Endpoint) -> str:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Waits for a condition; the test's own time limit is the only one."""
+    """Waits for a condition; the test's own time limit is the only one. A wait that spun would take the processor from what it waits for."""
     while not condition():
-        os.sched_yield()
+        time.sleep(0.001)
 
 
 def group(target: Any, workers: int = 2, address: str = "127.0.0.1:0", **options: Any) -> fdpass.WorkerGroup:
