@@ -54,7 +54,7 @@ def talk(endpoint: fdpass.Endpoint) -> str:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Waits for a condition; the test's own time limit is the only one. A wait that spun would take the processor from what it waits for."""
+    """Waits for a condition; the test's own time limit is the only one. One that spins takes the processor from what it waits for."""
     while not condition():
         time.sleep(0.001)
 
