@@ -8,11 +8,6 @@ export PYTHON
 
 # The installation is editable: the compiled module lies in fdpass/, so the source tree cannot hide it.
 SOURCES := pyproject.toml setup.py $(wildcard _native/* _native/bench/*)
-# What the portable side of the C must pass: everything below processes.
-FALLBACK_TESTS ?= $(wildcard tests/test_ancillary.py tests/test_fds.py tests/test_errors.py tests/test_frames.py \
-	tests/test_channel.py tests/test_handles.py tests/test_process_arguments.py tests/test_store.py tests/test_register.py)
-# These two ask the kernel for SCM_PIDFD, which only Linux has: the portable side has no name for it and would leak it.
-FALLBACK_SKIPS ?= not several_control_messages and not whatever_comes
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench docs lint sanitize fallback environment clean
@@ -38,11 +33,11 @@ lint: $(VENV)/.with-lint ## ruff and mypy --strict
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/mypy
 
-sanitize: ## the tests on a build with AddressSanitizer and UBSan
-	@.ci/variant sanitize .venv-sanitize tests -m 'not long' $(ARGS)
+sanitize: ## the tests that reach the C on a build with AddressSanitizer and UBSan
+	@.ci/variant sanitize .venv-sanitize $(ARGS)
 
 fallback: ## the tests of the lower floors on the portable C, forced on Linux
-	@.ci/variant fallback .venv-fallback $(FALLBACK_TESTS) -k '$(FALLBACK_SKIPS)' $(ARGS)
+	@.ci/variant fallback .venv-fallback $(ARGS)
 
 environment: ## all that test, lint and docs need, in one installation: each for itself would build anew below the others
 	@.ci/install $(VENV) --editable '.[programs,lint,docs]' build

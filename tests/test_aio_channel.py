@@ -50,6 +50,12 @@ def run(runner):
     return lambda main: runner.run(main())
 
 
+@pytest.fixture
+def many_rounds(runner):
+    """For thousands of rounds: asyncio's debug mode, which is -X dev's, keeps a traceback of each step and takes ten times as long."""
+    runner.get_loop().set_debug(False)
+
+
 def pair(**options):
     """Two connected channels."""
     return tuple(map(AsyncChannel, fdpass.Pipe(**options)))
@@ -241,6 +247,7 @@ def test_a_flood_leaves_the_other_tasks_their_turn(run):
     run(main)
 
 
+@pytest.mark.usefixtures("many_rounds")
 def test_a_thousand_channels_in_one_loop(run, limit_nofile):
     """Every descriptor comes back to the channel that sent it, and is the same socket; a thousand are in flight at a time."""
 
@@ -284,6 +291,7 @@ def pieces(data, fds):
     return [(bytes([byte]), riding.get(place, [])) for place, byte in enumerate(frame(data, fds=len(fds)))]
 
 
+@pytest.mark.usefixtures("many_rounds")
 @pytest.mark.parametrize("again", [False, True])
 def test_a_receive_cancelled_in_any_round_loses_nothing(run, marked, content, again):
     fds = [marked(str(place)) for place in range(300)]
@@ -357,6 +365,7 @@ def no_more_room(sock):
     return sent
 
 
+@pytest.mark.usefixtures("many_rounds")
 @pytest.mark.parametrize("stage", ["room", "no room", "not its turn", "a byte a round"])
 def test_a_send_cancelled_in_any_round_sends_all_or_nothing(run, marked, content, limit_nofile, stage, monkeypatch):
     names = [str(place) for place in range(600)]
