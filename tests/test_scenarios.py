@@ -333,7 +333,7 @@ def test_the_verdict_has_theory_beside_it() -> None:
         (["--strategies", "reuseport:uvicorn"], "'reuseport:uvicorn'"),
         (["--scenario", "idle", "--rolls", "2"], "--rolls belongs to --scenario rolling"),
         (["--scenario", "rolling", "--bursts", "2"], "--bursts belongs to --scenario burst"),
-        (["--scenario", "stall", "--clients", "2"], "--clients belongs to --scenario rolling or scale-out or steady"),
+        (["--scenario", "stall", "--clients", "2"], "--clients belongs to --scenario rolling, scale-out, steady"),
         (["--rolls", "2", "--bursts", "2"], "--bursts, --rolls belong to no scenario together"),
         (["--credits", "2"], "--credits belongs to the strategy dispatch"),
         (["--strategies", "dispatch", "--credits", "129"], "--credits"),

@@ -104,13 +104,13 @@ def test_a_list_of_workers() -> None:
         (["--rate", "0"], "from 0.1"),
         (["--workers", "1:64:1", "--load", "0.1,0.2"], "128 combinations: one command measures 100 at most"),
         (["--target", "127.0.0.1:1", "--rate", "5", "--workers", "1,2"], "--workers have no meaning with --target"),
-        (["--scenario", "few-clients", "--rate", "5"], "--rate belongs to --scenario steady or heavy-tail or keep-alive"),
+        (["--scenario", "few-clients", "--rate", "5"], "--rate belongs to --scenario steady, heavy-tail or keep-alive"),
         (["--scenario", "few-clients", "--load", "0.5", "--think-ms", "5"], "--load and --think-ms exclude each other"),
         (["--scenario", "few-clients", "--clients", "2", "--load", "0.7"], "2 clients cannot ask 4 workers for a load of 0.7: 0.5 at most"),
         (["--scenario", "matrix", "--load", "0.5"], "--load belongs to --scenario steady"),
         (["--scenario", "matrix", "--service-ms", "5"], "--service-ms has no meaning in matrix"),
         (["--scenario", "matrix", "--workers", "2,4"], "several --workers have no meaning in matrix"),
-        (["--scenario", "matrix", "--peer", "nginx"], "--peer belongs to --scenario steady"),
+        (["--scenario", "matrix", "--peer", "nginx"], "--peer belongs to --scenario idle, burst, kill"),
     ],
 )
 def test_bad_arguments(arguments: list[str], named: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -439,7 +439,7 @@ def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
     if scenario is not None:
         for option, where in of.items():
             if scenario not in where:
-                raise click.UsageError(f"{option} belongs to --scenario {' or '.join(where)}")
+                raise click.UsageError(f"{option} belongs to --scenario {', '.join(where[:-1]) + ' or ' if where[1:] else ''}{where[-1]}")
         return [scenario]
     if not of:
         return list(scenarios.FIRST)
