@@ -109,7 +109,8 @@ def _answered(one: Figures) -> str:
     outcomes, work = one.outcomes, one.work
     total, ok = sum(outcomes.values()), outcomes["ok"]
     what = "connections" if work.requests == 1 else "requests"
-    at = f"in a closed loop of {work.clients} clients" if work.clients else f"at {work.rate:.3g} connections/s"
+    one_or_more = "1 client" if work.clients == 1 else f"{work.clients} clients"
+    at = f"in a closed loop of {one_or_more}" if work.clients else f"at {work.rate:.3g} connections/s"
     if not total:
         return f"Nothing was measured {at}: INVALID: {_reasons(one)}."
     failed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in outcomes.items() if count and name != "ok")

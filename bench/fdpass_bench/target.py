@@ -352,36 +352,40 @@ def _asked(conn: socket.socket, target: Target, timeout: float) -> http.client.H
 def _first(target: Target, timeout: float) -> int | None:
     """The status of one answer. Raises TargetError for a server that cannot be measured, with what helps."""
     ask = f"GET {target.path}" if target.protocol == "http" else "a line"
+    late = f"{target.text} gave no answer to {ask} within {timeout:g} s (--time-limit sets another)"
     try:
-        with _connected(target, timeout) as conn:
-            connected = True
+        conn = _connected(target, timeout)
+    except ConnectionRefusedError:
+        raise TargetError(_nobody(target)) from None
+    except TimeoutError:
+        raise TargetError(late) from None
+    except OSError as error:
+        raise TargetError(f"{target.text} cannot be reached: {_said(error)}") from error
+    try:
+        with conn:
             response = _asked(conn, target, timeout)
             if response is None:
                 return None
             status, reason = response.status, response.reason
             response.close()
-    except ConnectionRefusedError:
-        raise TargetError(_nobody(target)) from None
     except TimeoutError:
-        raise TargetError(f"{target.text} gave no answer to {ask} within {timeout:g} s (--time-limit sets another)") from None
+        raise TargetError(late) from None
     except (OSError, http.client.HTTPException) as error:
-        if "connected" not in locals():
-            raise TargetError(f"{target.text} cannot be reached: {_said(error)}") from error
         if _speaks_tls(target):
-            raise TargetError(_TLS.format(target.text)) from error
+            raise TargetError(_TLS.format(target.text, target.address)) from error
         raise TargetError(
             f"{target.text} does not answer {ask}: {_said(error)}; tcp://{target.address} measures what is not HTTP"
         ) from error
     if status < 400:
         return status
     if _speaks_tls(target):
-        raise TargetError(_TLS.format(target.text))
+        raise TargetError(_TLS.format(target.text, target.address))
     raise TargetError(
         f"{target.text} answers {ask} with {status} {reason}: name a path that it answers, --target http://{target.address}/path"
     )
 
 
-_TLS = "{} speaks TLS, which is not supported: name a port that speaks plain HTTP"
+_TLS = "{} speaks TLS, which is not supported: name a port that speaks plain HTTP, or see with tcp://{} how it takes connections"
 
 
 def _said(error: Exception) -> str:
