@@ -527,7 +527,8 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
         for run in drawn:
             counts, number = run[key], colours[str(run["strategy"])] % len(COLOURS)
             places = [at + place for place in range(len(counts))]
-            axes.bar(places, counts, width=0.86, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run), zorder=2)
+            faint = 0.45 if run.get("valid") is False else 1.0
+            axes.bar(places, counts, width=0.86, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run), alpha=faint, zorder=2)
             mean = sum(counts) / len(counts)
             axes.plot(
                 [places[0] - 0.6, places[-1] + 0.6],
