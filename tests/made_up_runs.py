@@ -387,5 +387,6 @@ def whole() -> dict[str, Any]:
     parts = [all_scenarios(), sweep_of_loads(ALL_SERVERS), matrix()]
     # The load of `steady` that the sweep has as well would stand there twice.
     runs = [run for run in parts[0]["runs"] if run["scenario"] != "steady"] + parts[1]["runs"] + parts[2]["runs"]
-    comparisons = [pair for part in parts for pair in part["comparisons"]]
+    alone = [pair for pair in parts[0]["comparisons"] if pair["scenario"] != "steady"]
+    comparisons = [*alone, *parts[1]["comparisons"], *parts[2]["comparisons"]]
     return balance_file(*runs, comparisons=comparisons, rankings=parts[2]["rankings"], verdict=parts[0]["verdict"])

@@ -88,6 +88,10 @@ def pages(folder: Path) -> dict[str, Path]:
     sweep, workers = written(folder / "sweep.json", sweep_of_loads()), written(folder / "workers.json", sweep_of_workers())
     cells = written(folder / "matrix.json", matrix())
     later = written(folder / "later.json", {**matrix(), "environment": ENVIRONMENT | {"kernel": "6.9"}})
+    frozen = [
+        stall(name, 240 // k * n, workers=k, delayed_share_split=1 / k) for k in (2, 4) for name, n in (("shared", 0), ("reuseport", 1))
+    ]
+    stalls = written(folder / "stalls.json", balance_file(*frozen))
     found = {}
     for name, files in (
         ("balance", [before]),
@@ -98,6 +102,7 @@ def pages(folder: Path) -> dict[str, Path]:
         ("workers", [workers]),
         ("matrix", [cells]),
         ("matrices", [cells, later]),
+        ("stalls", [stalls]),
     ):
         found[name] = folder / f"{name}.html"
         command = [sys.executable, "-m", "fdpass_bench", "report", *files, "--html", str(found[name])]
@@ -145,6 +150,7 @@ def check(found: list[dict[str, Any]]) -> None:
         ("workers", 6),
         ("matrix", 13),
         ("matrices", 27),
+        ("stalls", 1),
     ],
 )
 def test_a_page_in_a_browser(made: dict[str, Path], chromium: Browser, name: str, least: int) -> None:

@@ -257,6 +257,26 @@ def test_other_scenarios_may_be_swept_over_workers_too() -> None:
     assert table.columns[3] == "split queues: 1/k"
 
 
+def test_a_sweep_is_not_called_by_what_changes_in_it() -> None:
+    # Of stall the rate follows from the number of workers.
+    (section,) = records.sections([stall(workers=k, offered_per_s=125.0 * k) for k in (2, 4)])
+    assert section.title == "stall: 2 to 4 workers"
+
+
+def test_of_many_that_are_invalid_the_first_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], page: Any) -> None:
+    data = balance_file(*(late(steady(f"server{i}")) for i in range(12)))
+    path = written(tmp_path / "a.json", data)
+    assert cli.main(["report", path]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("INVALID: server") == 6
+    assert "6 more are INVALID; --html and --markdown say why." in out
+    assert cli.main(["report", path, "--markdown", "-"]) == 1
+    assert capsys.readouterr().out.count("- INVALID: server") == 12
+    html = page.render([records.record(data, "a.json")])
+    assert html.count("the generator was late") == 12
+    assert "<summary>4 more</summary>" in html
+
+
 def test_what_was_not_answered_in_a_sweep_is_said() -> None:
     bad = steady(load=0.5, outcomes={"ok": 1990, "timeout": 7, "reset": 3})
     (table,) = tables.tables_of(records.record(balance_file(steady(load=0.3), bad), "a.json"))

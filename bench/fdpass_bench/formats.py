@@ -16,6 +16,7 @@ from fdpass_bench.compare import Comparison
 from fdpass_bench.records import Record, condition_of, sections
 from fdpass_bench.tables import Table, command_of, environment, headline, tables_of, tables_of_runs
 
+_MOST_INVALID = 6  # that are named at once
 _SHORT = 20  # letters of a name that a terminal does not break
 #: What of a run is no single figure.
 _NOT_IN_CSV = {"series", "latency_curve", "events", "per_worker", "requests_per_worker", "work"}
@@ -66,7 +67,9 @@ def as_markdown(records: Sequence[Record], comparisons: Sequence[Comparison]) ->
         heading = f"### fdpass-bench {record.kind}" + (f": {_escaped(record.name)}" if len(records) > 1 else "")
         parts.append(heading)
         parts += [f"**{_escaped(text)}**" for text in headline(record)]
-        parts += [f"- INVALID: {_escaped(text)}" for text in record.invalid]
+        invalid = [f"- INVALID: {_escaped(text)}" for text in record.invalid]
+        parts += invalid[:_MOST_INVALID]
+        parts += [_folded(f"{len(more)} more that are INVALID", more)] if (more := invalid[_MOST_INVALID:]) else []
         if len(records) == 1:
             parts += [_markdown(table) for table in tables_of(record)]
             parts += [_folded(text, [_markdown(table) for table in tables]) for text, tables in _each(record)]
@@ -124,8 +127,10 @@ def show(records: Sequence[Record], comparisons: Sequence[Comparison], out: Cons
     for record in records:
         for text in headline(record):
             out.print(text)
-        for text in record.invalid:
+        for text in record.invalid[:_MOST_INVALID]:
             out.print(f"INVALID: {text}.")
+        if more := record.invalid[_MOST_INVALID:]:
+            out.print(f"{len(more)} more are INVALID; --html and --markdown say why.")
         out.print()
         for table in tables_of(record):
             out.print(table.title, style="bold")

@@ -31,6 +31,7 @@ from fdpass_bench.tables import (
 )  # fmt: skip
 
 _PLACE = {"load": "load {}", "rate": "{} connections/s", "workers": "workers: {}", "cell": "{}"}
+_MOST_WARNINGS = 8  # that stand open
 _LONG = 20  # rows: a table of what is only shown is folded where it has more
 
 _METHOD = {
@@ -89,7 +90,8 @@ def render(records: Sequence[Record], comparisons: Sequence[Comparison] = ()) ->
         heading=heading,
         style=Markup((folder / "page.css").read_text("utf-8")),
         verdict=verdict,
-        warnings=warnings,
+        warnings=warnings[:_MOST_WARNINGS],
+        more_warnings=warnings[_MOST_WARNINGS:],
         parts=parts,
         sources=[_source(record) for record in records],
         method=_METHOD[kind],

@@ -334,6 +334,9 @@ def sweep(section: Section, colours: Mapping[str, int]) -> Plot | None:
     several = " and ".join(one[0].partition(" (")[0] for one in shown)
     invalid = any(run.get("valid") is False for run in section.runs)
     caption = "Lower is better. Bars: the 95 % interval of the mean. " if shown is _TIMED else "Lower is better. "
+    caption += "Of those that arrived while a worker was frozen. Dotted: what is stranded where each worker has a queue. " * (
+        shown is _STALLED
+    )
     if any(run.get("theory") for run in section.runs):
         caption += "Dashed: queueing theory, with the times these workers were occupied. "
     caption += "Hollow and crossed: INVALID, and no line goes through it." if invalid else ""
@@ -424,7 +427,7 @@ _TIMED: Sequence[_Panel] = (
 )
 _STALLED: Sequence[_Panel] = (
     (
-        "delayed while a worker was frozen (% of those that arrived)",
+        "share delayed (%)",
         lambda run: _hundred(run.get("delayed_share")),
         lambda run: None,
         lambda run: (None, _hundred(run.get("delayed_share_split"))),
@@ -527,7 +530,8 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
         for run in drawn:
             counts, number = run[key], colours[str(run["strategy"])] % len(COLOURS)
             places = [at + place for place in range(len(counts))]
-            axes.bar(places, counts, width=0.86, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run), zorder=2)
+            faint = 0.45 if run.get("valid") is False else 1.0
+            axes.bar(places, counts, width=0.86, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run), alpha=faint, zorder=2)
             mean = sum(counts) / len(counts)
             axes.plot(
                 [places[0] - 0.6, places[-1] + 0.6],

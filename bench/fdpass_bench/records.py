@@ -355,11 +355,9 @@ class Section:
         if self.axis == "cell":
             return f"{condition_of(_without(first, 'case', 'level', 'requests_per_connection', *rated))}: all cells"
         if self.axis == "workers":
-            # At one rate each number of workers has another load.
-            loads = {group[0].get("load") for group in self.groups}
-            return (
-                f"{condition_of(_without(first, 'workers', *(['load'] if len(loads) > 1 else [])))}: {first['workers']} to {_workers(last)}"
-            )
+            loads, rates = ({of(group[0]) for group in self.groups} for of in (lambda run: run.get("load"), rate_of))
+            changing = ["offered_per_s", *(["load"] if len(loads) > 1 else []), *(["work"] if len(rates) > 1 else [])]
+            return f"{condition_of(_without(first, 'workers', *changing))}: {first['workers']} to {_workers(last)}"
         ends = f"{place_on(self.axis, first):.4g} to {place_on(self.axis, last):.4g}"
         return f"{condition_of(_without(first, *rated))}: {f'load {ends}' if self.axis == 'load' else f'{ends} connections/s'}"
 
