@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
-from fdpass_bench import cli
+from fdpass_bench import cli, options
 
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "docs").exists():
@@ -48,6 +48,9 @@ def nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)  # where --json may write
     for measuring in ("_measure", "_price"):
         monkeypatch.setattr(cli, measuring, lambda *asked: 0)
+    # Nobody serves there, and nothing was interrupted.
+    monkeypatch.setattr(options, "with_targets", lambda asked, campaign: (campaign, []))
+    monkeypatch.setattr(cli, "_resume", lambda ctx, file: 0)
 
 
 @pytest.mark.parametrize("line", FOUND)

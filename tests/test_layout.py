@@ -64,7 +64,7 @@ FLOORS = [
     {"fdpass_bench.sweep_tables"},
     {"fdpass_bench.report"},
     {f"fdpass_bench.{name}" for name in ("campaign", "doctor", "progress", "publish", "who")},
-    {"fdpass_bench.checkpoint"},
+    {"fdpass_bench.checkpoint", "fdpass_bench.options"},
     {"fdpass_bench.cli"},
     {"fdpass_bench.__main__"},
 ]

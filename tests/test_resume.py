@@ -22,12 +22,13 @@ from typing import Any
 
 import pytest
 from fdpass_bench import cli, report
-from fdpass_bench.balance import Plan, Run, Strategy
+from fdpass_bench.balance import Plan, Run
 from fdpass_bench.campaign import Campaign, Steady
 from fdpass_bench.checkpoint import _FORMS, Checkpoint, CheckpointError
 from fdpass_bench.loadgen import OUTCOMES
 from fdpass_bench.progress import Estimate, about
 from fdpass_bench.steady import Trial, Work
+from fdpass_bench.strategy import Strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fdpass_bench import cli, figures, matrix, report, scenarios, steady, theory
 from fdpass_bench.campaign import Campaign, Steady
+from fdpass_bench.servers import Group
 from fdpass_bench.strategy import Strategy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the load generator needs Linux")
@@ -146,7 +147,7 @@ def test_the_other_scenarios_by_workers(tmp_path: Path) -> None:
 
 def test_arrivals_that_are_the_same_are_calibrated_once() -> None:
     """The rate is the same whatever the workers, so the null server gets the same of both."""
-    server = steady.Group(Strategy.parse("shared"))
+    server = Group(Strategy.parse("shared"))
     works = [steady.Work(workers=count, connections=20, rate=200.0, service=0.001, repeats=1) for count in (1, 2)]
     campaign = Campaign([], [Steady(work, [server]) for work in works])
     campaign.measure(Silent())
@@ -222,11 +223,17 @@ def test_pauses_are_no_lack_of_rate() -> None:
     assert trial.achieved_per_s == pytest.approx(trial.offered_per_s) == pytest.approx(100)
 
 
-def test_all_leaves_out_a_peer_that_cannot_keep_connections(capfd: pytest.CaptureFixture[str]) -> None:
+def test_all_leaves_out_a_peer_where_it_cannot_take_part(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gunicorn")
-    work = steady.Work(workers=2, connections=20, rate=100.0, service=0.001, requests=8, scenario="keep-alive")
-    assert not cli._keeps("gunicorn", work)
-    assert capfd.readouterr().err.startswith("fdpass-bench: keep-alive without gunicorn: gunicorn's sync workers close each")
+    asked: list[Campaign] = []
+    monkeypatch.setattr(cli, "_measure", lambda campaign, *files: asked.append(campaign) or 0)
+    assert cli.main(["balance", "--scenario", "all", "--peer", "gunicorn", "--strategies", "shared"]) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert [line.partition(": gunicorn")[0] for line in said] == [
+        f"fdpass-bench: {word} without gunicorn" for word in ("long-lived", "few-clients", "keep-alive")
+    ]
+    with_it = [plan.scenario for plan in asked[0].plans if plan.server.name == "gunicorn"]
+    assert with_it == [word for word in scenarios.SINGLES if word != "long-lived"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- the matrix
@@ -251,7 +258,7 @@ def cell(
             trial.connections_of = trial.requests_of = {0: len(latency)}
             trial.problem = "it was struck by lightning" if name in invalid else None
             trials.append(trial)
-    return figures.study(work, [steady.Group(Strategy.parse(name)) for name in means], trials, None)
+    return figures.study(work, [Group(Strategy.parse(name)) for name in means], trials, None)
 
 
 def by_pair(found: Sequence[matrix.Ranking], measure: str = "mean") -> dict[tuple[str, str], matrix.Ranking]:
@@ -343,7 +350,7 @@ def test_the_cells_are_four_cases_by_three_loads() -> None:
 
 def test_two_real_cells_and_what_is_said_of_them() -> None:
     works = [one for one in matrix.works(2, 20, 1, 1, 10.0) if one.level == "heavy" and one.case in ("many-cheap", "kept-cheap")]
-    servers = [steady.Group(Strategy.parse(name)) for name in matrix.THEIRS.values()]
+    servers = [Group(Strategy.parse(name)) for name in matrix.THEIRS.values()]
     campaign = Campaign([], [Steady(work, servers) for work in works])
     campaign.measure(Silent())
     studies = campaign.studies

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from fdpass_bench import cli, diagnosis, figures, holders, sockdiag, steady
 from fdpass_bench import target as targets
-from fdpass_bench.steady import TargetServer, Trial, Work
+from fdpass_bench.servers import TargetServer, Trial, Work
 from fdpass_bench.target import Process, Seen, Target, TargetError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's /proc, and the load generator needs Linux")

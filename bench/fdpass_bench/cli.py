@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import itertools
 import math
 import multiprocessing
 import os
@@ -20,25 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fdpass_bench import scenarios, screens
+from fdpass_bench import options, scenarios, screens
 
 # The rest of the package is imported by the command that needs it: a spawned worker imports this file again.
 if TYPE_CHECKING:
-    from fdpass_bench.campaign import Campaign, Result, Steady, Step
+    from fdpass_bench.campaign import Campaign, Result, Step
     from fdpass_bench.checkpoint import Checkpoint
     from fdpass_bench.price import Plan as PricePlan
-    from fdpass_bench.runs import Plan
-    from fdpass_bench.servers import Group, PeerServer, Server, Wanted
-    from fdpass_bench.steady import Work
     from fdpass_bench.strategy import Strategy
     from fdpass_bench.target import Target
 
-_MOST_REQUESTS = 5_000_000  # of one run: 80 bytes each, in memory
 _PRICES = ("carriers", "starts", "descriptors", "outstanding", "receivers")
-_DEMONSTRATION = ("shared", "reuseport", "reuseport-bare")
-_MOST_CLIENTS = 20000  # connections of a run that are followed one by one
-_MOST_TOGETHER = 100  # numbers of workers, loads and rates, each with each, in one command
-_ARRIVAL = 0.02  # seconds between two of a few clients
 
 
 def _strategy(ctx: click.Context, param: click.Parameter, text: str) -> Strategy:
@@ -115,8 +105,8 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
             found = list(dict.fromkeys(number for part in str(value).split(",") for number in self._of(part)))
         except (ArithmeticError, ValueError):
             found = []
-        if not found or len(found) > _MOST_TOGETHER or not all(self._low <= number <= self._high for number in found):
-            form = f"numbers from {self._low:g} to {self._high:g}, {_MOST_TOGETHER} at most, such as {self._example}"
+        if not found or len(found) > options.MOST_TOGETHER or not all(self._low <= number <= self._high for number in found):
+            form = f"numbers from {self._low:g} to {self._high:g}, {options.MOST_TOGETHER} at most, such as {self._example}"
             self.fail(f"{value!r} is not what it takes: {form}", param, ctx)
         return found
 
@@ -124,7 +114,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
         # In decimal, so that 0.3 and three times 0.1 are the same number as written.
         first, *more = (Decimal(text.strip()) for text in part.split(":"))
         last, step = more or (first, Decimal(1))
-        if not all(number.is_finite() for number in (first, last, step)) or step <= 0 or (last - first) / step > _MOST_TOGETHER:
+        if not all(number.is_finite() for number in (first, last, step)) or step <= 0 or (last - first) / step > options.MOST_TOGETHER:
             raise ValueError(part)
         while first <= last:
             number = self._kind(first)
@@ -176,11 +166,7 @@ def command(ctx: click.Context) -> int:
     """
     if ctx.invoked_subcommand is not None:
         return 0
-    from fdpass_bench.campaign import Campaign
-    from fdpass_bench.servers import Group
-    from fdpass_bench.strategy import Strategy
-
-    return _measure(Campaign(_plans([Group(Strategy.parse(text)) for text in _DEMONSTRATION], scenarios.FIRST, 4, None, 10.0, None)), None)
+    return _measure(options.demonstration(), None)
 
 
 @command.command(cls=screens.Command, short_help="Measure how strategies share connections out, and what they lose.")
@@ -189,7 +175,7 @@ def command(ctx: click.Context) -> int:
     metavar="LIST",
     callback=_strategies,
     shell_complete=screens.listed(_every_strategy),
-    default=",".join(_DEMONSTRATION),
+    default=",".join(options.DEMONSTRATION),
     help="Separated by commas, see above.  [default: shared,reuseport,reuseport-bare; of a loop the first two, or those of its paragraph]",
 )
 @click.option(
@@ -306,30 +292,7 @@ def command(ctx: click.Context) -> int:
     help="Start nginx, uvicorn, node ... and compare.",
 )
 @click.pass_context
-def balance(
-    ctx: click.Context,
-    /,
-    strategies: list[Strategy],
-    workers: list[int],
-    scenario: str | None,
-    connections: int | None,
-    json_file: str | None,
-    html_file: str | None,
-    resume: str | None,
-    service_ms: float | None,
-    time_limit: float | None,
-    bursts: int | None,
-    rolls: int | None,
-    credits: int | None,
-    clients: int | None,
-    seed: int | None,
-    targets: list[Target],
-    peers: list[str],
-    rate: list[float] | None,
-    load: list[float] | None,
-    repeats: int | None,
-    **loop: Any,
-) -> int:
+def balance(ctx: click.Context, /, **params: Any) -> int:
     """Measures how each strategy shares connections out, what it loses, and what waiting it costs.
 
     \b
@@ -357,96 +320,22 @@ def balance(
       fdpass-bench balance --scenario heavy-tail --load 0.3:0.9:0.1
       fdpass-bench balance --target http://127.0.0.1:8000/health
     """
-    if resume is not None:
-        return _resume(ctx, resume)
-
-    def given(name: str) -> bool:
-        return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-
-    bound = scenarios.belonging()
-    of = {param.opts[0]: bound[param.name] for param in ctx.command.params if param.name in bound and param.name and given(param.name)}
-    words = _chosen(scenario, of)
-    singles = [word for word in words if word in scenarios.SINGLES]
-    if connections is not None and scenario != "all":
-        if (name := next((name for name in singles if not scenarios.CATALOGUE[name].connections), None)) is not None:
-            raise click.UsageError(f"--connections has no meaning in {name}, which makes as many as its rate or its clients do")
-        # A burst is one of several; a loop has room for more.
-        most = _MOST_CLIENTS // (bursts or 1) if singles else 1_000_000
-        if connections > most:
-            raise click.BadParameter(f"{singles[0]} makes at most {most} connections", ctx, param_hint="--connections")
-    if credits is not None and not any(strategy.name == "dispatch" for strategy in strategies):
-        raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
-    if (together := len(workers) * len(load or [1]) * len(rate or [1])) > _MOST_TOGETHER:
-        raise click.UsageError(f"--workers, --load and --rate make {together} combinations: one command measures {_MOST_TOGETHER} at most")
-    if targets and len(workers) > 1:
-        raise click.UsageError("several --workers have no meaning with --target, whose workers are somebody else's")
-    from fdpass_bench.campaign import Campaign, Steady
-
-    service = None if service_ms is None else service_ms / 1000
-    more = {"bursts": bursts or 1, "rolls": rolls or 5, "clients": clients, "seed": 1 if seed is None else seed}
-    # What others do is compared with what we would have them do.
-    ours = _contenders(strategies[:2] if peers and not given("strategies") else strategies, credits)
-    everything = scenario == "all"
-    plans = [
-        plan
-        for count in workers
-        for plan in _plans(ours, singles, count, connections, time_limit, service, (peers, everything), **more)
-    ]
-    loops: list[Steady] = []
-    asked = loop | {"clients": clients, "seed": seed, "repeats": repeats}
-    for word in words:
-        if word not in scenarios.LOOPS:
-            continue
-        mine = _own(word, strategies if given("strategies") else None, bool(targets) and not peers)
-        loads, rates = ([*several] if several else [None] for several in (load, rate))
-        for count, one_load, one_rate in itertools.product(workers, loads, rates):
-            work = _work(word, count, connections, service, time_limit, bool(targets), load=one_load, rate=one_rate, **asked)
-            loops.append(Steady(work, _servers(work, mine, credits, targets, (peers, everything))))
-    if words == ["matrix"]:
-        if service_ms is not None or len(workers) > 1:
-            what = "--service-ms has" if service_ms is not None else "several --workers have"
-            raise click.UsageError(f"{what} no meaning in matrix, whose four cases by three loads are what they are")
-        from fdpass_bench import matrix
-
-        # The contestants in the paper's order, whatever else takes part.
-        mine = list(dict.fromkeys([*_own("matrix", None, False), *(strategies if given("strategies") else [])]))
-        cells = matrix.works(workers[0], connections, repeats or 2, 1 if seed is None else seed, time_limit or 10.0)
-        loops = [Steady(work, _servers(work, mine, credits)) for work in cells]
-    if service_ms == 0 and "stall" in singles:
-        raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
-    if service_ms is not None and words == ["long-lived"]:
-        raise click.UsageError("--service-ms has no meaning in long-lived, whose connections stay until they are closed")
-    _refuse_unwritable(json_file, html_file)
-    if targets:
-        loops = _looked_at(loops, rate is None, connections)
-    return _measure(Campaign(plans, loops), json_file, html_file)
+    if params["resume"] is not None:
+        return _resume(ctx, params["resume"])
+    asked = options.Asked(**ctx.params, given=_given(ctx))
+    campaign = options.campaign(asked)
+    _refuse_unwritable(asked.json_file, asked.html_file)
+    if asked.targets:
+        campaign, more = options.with_targets(asked, campaign)
+        # What goes on from a checkpoint has to ask for the same.
+        ctx.meta[screens.ARGUMENTS] += more
+    return _measure(campaign, asked.json_file, asked.html_file)
 
 
-def _own(word: str, given: list[Strategy] | None, others_only: bool) -> list[Strategy]:
-    """The strategies of a loop: those given, else its own. A target is somebody's own question; peers are compared with us."""
-    from fdpass_bench.strategy import Strategy
-
-    if given is not None:
-        return given
-    own = scenarios.CATALOGUE[word].strategies
-    return [] if others_only else [Strategy.parse(text) for text in (own.split(",") if own else _DEMONSTRATION[:2])]
-
-
-def _chosen(scenario: str | None, of: dict[str, tuple[str, ...]]) -> list[str]:
-    """The scenarios to play: those asked for, else those of the options given, each with where it belongs. Raises UsageError."""
-    if scenario == "all":
-        return list(scenarios.EVERY)
-    if scenario is not None:
-        for option, where in of.items():
-            if scenario not in where:
-                raise click.UsageError(f"{option} belongs to --scenario {', '.join(where[:-1]) + ' or ' if where[1:] else ''}{where[-1]}")
-        return [scenario]
-    if not of:
-        return list(scenarios.FIRST)
-    common = [name for name in scenarios.EVERY if all(name in where for where in of.values())]
-    if not common:
-        raise click.UsageError(f"{', '.join(of)} belong to no scenario together")
-    return ["steady"] if "steady" in common else common[:1]
+def _given(ctx: click.Context) -> dict[str, str]:
+    """The options that stand on the command line: by parameter, as they are written."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return {one.name: one.opts[0] for one in ctx.command.params if one.name and ctx.get_parameter_source(one.name) is source}
 
 
 def _port(ctx: click.Context, param: click.Parameter, text: str) -> int:
@@ -640,192 +529,6 @@ def who(port: int) -> int:
     return holders.show(port)
 
 
-def _plans(
-    ours: Sequence[Server],
-    words: Sequence[str],
-    workers: int,
-    connections: int | None,
-    time_limit: float | None,
-    service: float | None,
-    peers: tuple[Sequence[str], bool] = ((), False),
-    **more: Any,
-) -> list[Plan]:
-    from fdpass_bench.runs import Plan
-
-    usual = {word: scenarios.CATALOGUE[word].connections for word in words}  # 0: what its rate or its clients make
-
-    def plan_of(server: Server, word: str) -> Plan:
-        return Plan(
-            server,
-            word,
-            workers,
-            usual[word] and (connections or usual[word]),
-            time_limit or (120.0 if word == "rolling" else 30.0),
-            service,
-            **more,
-        )
-
-    plans = [[plan_of(server, word) for server in ours] for word in words]
-    for here, word in zip(plans, words, strict=True):
-        like = plan_of(ours[0], word)
-        wanted = like.wanted("hold" if word == "long-lived" else "timed")
-        here += [plan_of(peer, word) for peer in _peers_for(word, wanted, *peers)]
-    return [plan for here in plans for plan in here]
-
-
-def _contenders(strategies: Sequence[Strategy], credits: int | None) -> list[Group]:
-    from fdpass_bench.servers import Group
-
-    return [Group(strategy, credits) for strategy in strategies]
-
-
-def _peers_for(word: str, wanted: Wanted, names: Sequence[str], where_able: bool) -> list[PeerServer]:
-    """The peers of a scenario. One that cannot do it is the caller's mistake, unless it takes part `where_able`, which is said; one that is
-    not installed is not."""
-    if not names:
-        return []
-    from fdpass_bench.peers import PeerError, PeerUnable
-    from fdpass_bench.servers import PeerServer
-
-    found = []
-    for name in names:
-        try:
-            found.append(PeerServer.find(name, wanted, rolls=word == "rolling"))
-        except PeerUnable as error:
-            if not where_able:
-                raise click.UsageError(str(error)) from error
-            print(f"fdpass-bench: {word} without {name}: {error}", file=sys.stderr)
-        except PeerError as error:
-            raise click.ClickException(str(error)) from error
-    return found
-
-
-def _servers(
-    work: Work,
-    strategies: Sequence[Strategy],
-    credits: int | None,
-    targets: Sequence[Target] = (),
-    peers: tuple[Sequence[str], bool] = ((), False),
-) -> list[Server]:
-    from fdpass_bench.servers import TargetServer
-
-    found = _peers_for(work.scenario, work.wanted, *peers)
-    for target in targets:
-        try:
-            work.load_of(TargetServer(target).serving, 0)
-        except ValueError as error:
-            raise click.UsageError(f"--target {target.text}: {error}") from error
-    return [*_contenders(strategies, credits), *found, *map(TargetServer, targets)]
-
-
-def _work(
-    word: str, workers: int, connections: int | None, service: float | None, time_limit: float | None, targets: bool, **asked: Any
-) -> Work:
-    """The work of a loop. asked: the options of loops, None where they were not given. Raises UsageError."""
-    from fdpass_bench.steady import Work
-
-    known = scenarios.CATALOGUE[word]
-    # In `all` an option may be of another loop.
-    asked = {name: value if name in known.options else None for name, value in asked.items()}
-    found: dict[str, Any] = {name: known.defaults.get(name) if value is None else value for name, value in asked.items()}
-    few = word == "few-clients"
-    exclusive = ("load", "think_ms") if few else ("rate", "load", "clients")
-    together = [_option(name) for name in exclusive if asked[name] is not None]
-    if len(together) > 1:
-        raise click.UsageError(f"{' and '.join(together)} exclude each other")
-    clients = asked["clients"] or (max(found["clients"], 2 * workers) if few else 0)
-    rate, requests, think = found["rate"], found["requests"] or 1, (found["think_ms"] or 0.0) / 1000
-    if targets and asked["load"]:
-        raise click.UsageError("--load has no meaning for a --target, of which nobody knows what it can do: give --rate or --clients")
-    if clients and found["arrivals"]:
-        raise click.UsageError("--arrivals has no meaning in the closed loop of --clients")
-    if asked["think_ms"] is not None and requests == 1:
-        raise click.UsageError("--think-ms needs --requests-per-connection over 1")
-    service = (0.0 if targets else 0.004) if service is None else service
-    if few and asked["think_ms"] is None:
-        think = _pause(clients, workers, service, found["load"])
-    if not rate and not clients and targets:
-        rate = 1.0  # until it is known how fast it answers
-    if not rate and not clients:
-        if not service:
-            raise click.UsageError("with --service-ms 0 a load has no rate: give --rate")
-        rate = (found["load"] or 0.7) * workers / (service * requests)
-    # So that the defaults end within a minute; a closed loop goes as fast as its workers do.
-    expected = rate or (workers / (service * requests) if service else math.inf)
-    connections = connections or (clients if few else _enough(expected, targets))
-    if connections * requests > _MOST_REQUESTS:
-        raise click.UsageError(f"{connections} connections of {requests} requests are more than the {_MOST_REQUESTS} that a run can hold")
-    return Work(
-        workers=workers,
-        connections=connections,
-        rate=rate,
-        service=service,
-        distribution=found["distribution"] or "exponential",
-        work=found["kind"] or "sleep",
-        arrivals=found["arrivals"] or "poisson",
-        clients=clients,
-        requests=requests,
-        think=think,
-        seed=1 if found["seed"] is None else found["seed"],
-        repeats=found["repeats"] or 2,
-        time_limit=time_limit or 10.0,
-        scenario=word,
-        gap=_ARRIVAL if few and connections == clients else 0.0,
-    )
-
-
-def _pause(clients: int, workers: int, service: float, load: float) -> float:
-    """Seconds between an answer and the next request, by which so many clients ask for the load. Raises UsageError."""
-    if not service:
-        return _ARRIVAL  # of a server of which nothing is known
-    pause = clients * service / (workers * load) - service
-    if pause <= 0:
-        most = f"{clients / workers:.2g} at most, without a pause"
-        raise click.UsageError(f"{clients} clients cannot ask {workers} workers for a load of {load:g}: {most}")
-    return pause
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _enough(rate: float, targets: bool) -> int:
-    """The connections of six seconds, in bounds; of a target that gets few a second, fewer still."""
-    return int(max(20 if targets else 100, min(100, 20 * rate), min(4000, 6 * rate)))
-
-
-def _looked_at(loops: Sequence[Steady], chosen: bool, connections: int | None) -> list[Steady]:
-    """With what was seen of each target. `chosen`: the rate follows from it, for nobody gave one."""
-    from fdpass_bench import target
-    from fdpass_bench.campaign import Steady
-    from fdpass_bench.servers import TargetServer
-
-    seen: dict[str, TargetServer] = {}
-    try:
-        for server in loops[0].servers:
-            if isinstance(server, TargetServer):
-                seen[server.name] = dataclasses.replace(server, seen=target.look(server.target, loops[0].work.time_limit))
-    except target.TargetError as error:
-        raise click.ClickException(f"{error}.") from error
-    looks = [one.seen for one in seen.values() if one.seen is not None]
-    found = []
-    for loop in loops:
-        work = loop.work
-        if chosen and not work.clients:
-            rate = min(one.modest_rate for one in looks)
-            work = dataclasses.replace(work, rate=rate, connections=connections or _enough(rate, True))
-            # What goes on from a checkpoint has to ask for the same.
-            click.get_current_context().meta[screens.ARGUMENTS] += ["--rate", repr(rate), "--connections", str(work.connections)]
-            slowest = max(one.mean for one in looks) * 1000
-            seconds = work.repeats * work.connections / rate
-            print(
-                f"fdpass-bench: an answer takes {slowest:.3g} ms; {rate:g} connections/s for {seconds:.0f} s now (--rate sets another).",
-                file=sys.stderr,
-            )
-        found.append(Steady(work, [seen.get(server.name, server) for server in loop.servers]))
-    return found
-
-
 def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = None) -> int:
     from fdpass_bench import report
     from fdpass_bench.checkpoint import CheckpointError
@@ -917,10 +620,7 @@ def _resume(ctx: click.Context, file: str) -> int:
     from fdpass_bench import report
     from fdpass_bench.checkpoint import Checkpoint, CheckpointError
 
-    source = click.core.ParameterSource.COMMANDLINE
-    given = [one for one in ctx.command.params if one.name and ctx.get_parameter_source(one.name) is source]
-    others = [one.opts[0] for one in given if one.name != "resume"]
-    if others:
+    if others := [option for name, option in _given(ctx).items() if name != "resume"]:
         raise click.UsageError(f"--resume goes on as the command was begun, so it stands alone, without {', '.join(others)}")
     try:
         kept = Checkpoint.open(file, report.environment(time.time(), False))
