@@ -18,9 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
-from fdpass_bench import cli, diagnosis, figures, holders, sockdiag, steady
+from fdpass_bench import cli, diagnosis, figures, holders, options, sockdiag
 from fdpass_bench import target as targets
-from fdpass_bench.servers import TargetServer, Trial, Work
+from fdpass_bench.servers import PeerServer, TargetServer
+from fdpass_bench.steady import Trial, Work
 from fdpass_bench.target import Process, Seen, Target, TargetError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's /proc, and the load generator needs Linux")
@@ -430,11 +431,11 @@ def test_a_rate_that_nobody_asked_for_is_modest(seconds: float, rate: float) -> 
 
 @pytest.mark.parametrize(("rate", "connections"), [(0.5, 20), (1, 20), (10, 100), (100, 600), (1000, 4000)])
 def test_a_slow_target_gets_fewer_connections(rate: float, connections: int) -> None:
-    assert cli._enough(rate, True) == connections
-    assert cli._enough(rate, False) == max(100, connections)
+    assert options._enough(rate, True) == connections
+    assert options._enough(rate, False) == max(100, connections)
 
 
 def test_a_target_that_nobody_looked_at_has_no_verdict() -> None:
-    assert diagnosis.seen_of(SimpleNamespace(server=steady.PeerServer("nginx", "1"))) is None  # type: ignore[arg-type]
+    assert diagnosis.seen_of(SimpleNamespace(server=PeerServer("nginx", "1"))) is None  # type: ignore[arg-type]
     one = figures.figures_of(TargetServer(HERD.target), Work(4, 1, 1.0, 0.0), [Trial("target", 0, problem="why")], None)
     assert (diagnosis.sentences(one), diagnosis.as_json(one), diagnosis.verdict([one])) == ([], {}, "")
