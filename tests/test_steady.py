@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from fdpass_bench import answer, answer_async, cli, figures, steady
-from fdpass_bench.servers import Group
+from fdpass_bench.servers import Group, TargetServer
 from fdpass_bench.strategy import Strategy
 from fdpass_bench.target import Target
 
@@ -259,7 +259,7 @@ def target(behave: Callable[[socket.socket], None]) -> Iterator[str]:
 def test_a_target_that_stops_answering_is_told_as_it_is(behave: Callable[[socket.socket], None], outcome: str) -> None:
     work = steady.Work(workers=1, connections=100, rate=500.0, service=0.0, repeats=1, time_limit=1.0)
     with target(behave) as address:
-        server = steady.TargetServer(Target.parse(address))
+        server = TargetServer(Target.parse(address))
         trial = steady.measure_trial(server, work, 0, lambda ended: None)
     one = figures.figures_of(server, work, [trial], None).as_json()
     assert one["outcomes"][outcome] == 100

@@ -145,7 +145,7 @@ _workers = click.option("--workers", type=screens.Whole(*_WORKERS), default=4, s
 def command(ctx: click.Context) -> int:
     """Shows with real connections how k worker processes share one port, and what each way loses when workers die.
 
-    Without a command: a demonstration of all scenarios, in less than a minute.
+    Without a command: a demonstration of idle, burst and kill, in less than a minute.
 
     \b
     A verdict about your own server, while it runs (a port, HOST:PORT or URL):
@@ -176,7 +176,7 @@ def command(ctx: click.Context) -> int:
     callback=_strategies,
     shell_complete=screens.listed(_every_strategy),
     default=",".join(options.DEMONSTRATION),
-    help="Separated by commas, see above.  [default: shared,reuseport,reuseport-bare; of a loop the first two, or those of its paragraph]",
+    help="Separated by commas; --help-all lists them.  [default: shared,reuseport,reuseport-bare; of a loop the first two, or those of its paragraph]",
 )
 @click.option(
     "--workers",
