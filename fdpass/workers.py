@@ -42,6 +42,7 @@ RESTARTS = ("never", "on-failure")
 RESTART_LIMIT, RESTART_WINDOW = 30, 5.0
 #: Successors in a row, of one index, that ended before they were ready; the wait before the next doubles, in seconds.
 NEVER_READY_LIMIT, BACKOFF, BACKOFF_MAX = 5, 0.1, 5.0
+_LOOK_AGAIN = 1.0  # seconds that a caller of ours sleeps at most before it looks again
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ class WorkerGroup:
                     if left <= 0:
                         late = [slot.name for slot in self._slots if slot.state != "ready"]
                         raise TimeoutError(f"{', '.join(late)} not ready {self._start_timeout} s after the start")
-                    self._changed.wait(left)
+                    self._wait(left)
                 if self._trouble is not None:
                     raise self._trouble
                 if self._failure is not None:
@@ -227,6 +228,12 @@ class WorkerGroup:
         except BaseException:
             self._end_now()
             raise
+
+    def _wait(self, left: float | None = None) -> None:
+        """Until something has changed, `left` seconds are over, or it is time to look again; the lock is held."""
+        # A signal that comes between CPython's last look for one and its wait for the lock is not seen before that wait ends: Ctrl-C
+        # would be lost until a worker does something.
+        self._changed.wait(_LOOK_AGAIN if left is None else min(left, _LOOK_AGAIN))
 
     def _settled(self) -> bool:
         """Whether start() has nothing more to wait for."""
@@ -247,7 +254,7 @@ class WorkerGroup:
                 left = None if deadline is None else deadline - monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError(f"the group {self._name} still runs after {timeout} s")
-                self._changed.wait(left)
+                self._wait(left)
             if self._failure is not None:
                 raise self._failure
             if self._trouble is not None:
@@ -280,7 +287,7 @@ class WorkerGroup:
                 roll = self._roll = Roll(self._slots, limit, self._launch, self._send_off)
                 self._poke()
                 while not roll.over:
-                    self._changed.wait()
+                    self._wait()
         except BaseException:
             if roll is not None:
                 roll.abandoned = True
@@ -590,7 +597,7 @@ class WorkerGroup:
         # gives the lock up however often this thread holds it: a signal handler may have come while it did.
         with self._lock:
             while self._thread is not None and not self._finished:
-                self._changed.wait()
+                self._wait()
 
     def _kill_rest(self) -> None:
         """Where no supervising thread does it."""

@@ -223,6 +223,16 @@ def test_pauses_are_no_lack_of_rate() -> None:
     assert trial.achieved_per_s == pytest.approx(trial.offered_per_s) == pytest.approx(100)
 
 
+@pytest.mark.parametrize(("since", "ms"), [("schedule", 5), ("begun", 2)])
+def test_what_a_latency_counts_from(since: Any, ms: int) -> None:
+    work = steady.Work(workers=1, connections=1, rate=100.0, service=0.0, since=since)
+    columns = {name: memoryview(array("q", [0])) for name in ("connected", "accepted", "started", "free", "outcome", "worker")}
+    at = {name: memoryview(array("q", [value * 1_000_000])) for name, value in (("scheduled", 1), ("begun", 4), ("answered", 6))}
+    trial = steady.Trial("target", 0)
+    steady._take(trial, types.SimpleNamespace(**columns, **at, cpu_seconds=0.1), work, believed=False)  # type: ignore[arg-type]  # as above
+    assert (trial.latency, trial.lag) == ([pytest.approx(ms / 1000)], [pytest.approx(0.003)])
+
+
 def test_all_leaves_out_a_peer_where_it_cannot_take_part(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gunicorn")
     asked: list[Campaign] = []

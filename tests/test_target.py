@@ -366,7 +366,7 @@ def studied(seen: Seen, cpu: dict[int, float] | None = None, lag: float = 0.0, o
     trial.outcomes["ok"], trial.outcomes["refused"] = ok, 100 - ok
     trial.outcome_seconds = dict.fromkeys(("ok", "refused"), (0.005, 0.005))
     trial.connect = [0.0001] * ok
-    work = Work(workers=4, connections=100, rate=rate, service=0.0, repeats=1)
+    work = Work(workers=4, connections=100, rate=rate, service=0.0, repeats=1, since="begun")
     return figures.figures_of(TargetServer(seen.target, seen), work, [trial], None)
 
 
@@ -375,7 +375,7 @@ def test_each_sentence_follows_from_a_figure() -> None:
         "127.0.0.1:8000: 4 processes share one socket (pids 11, 12, 13, 14).",
         "Of 40 connections, one after the other, they took 4, 6, 10, 20 (even: 10).",
         "Each of these woke 4.0 of the 4 that wait: 3.0 for nothing; with an exclusive wait it would be 1.",
-        "All 100 connections at 100 connections/s were answered in time: mean 5 ms, p99 5 ms from when each was due.",
+        "All 100 connections at 100 connections/s were answered in time: mean 5 ms, p99 5 ms.",
         "The busiest (pid 14) did 46% of the work of 4, in processor time (even: 25%).",
         HELPS,
     ]
@@ -393,7 +393,7 @@ def test_what_was_not_measured_is_not_said() -> None:
     unknown = Seen(HERD.target, [0.001], 200, unknown="it is not on this machine")
     assert diagnosis.sentences(studied(unknown)) == [
         "Which processes serve 127.0.0.1:8000 is unknown: it is not on this machine.",
-        "All 100 connections at 100 connections/s were answered in time: mean 5 ms, p99 5 ms from when each was due.",
+        "All 100 connections at 100 connections/s were answered in time: mean 5 ms, p99 5 ms.",
     ]
 
 

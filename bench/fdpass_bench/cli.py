@@ -176,7 +176,7 @@ def command(ctx: click.Context) -> int:
     callback=_strategies,
     shell_complete=screens.listed(_every_strategy),
     default=",".join(options.DEMONSTRATION),
-    help="Separated by commas; --help-all lists them.  [default: shared,reuseport,reuseport-bare; of a loop the first two, or those of its paragraph]",
+    help="Separated by commas; --help-all lists them.  [default: shared,reuseport,reuseport-bare; loops: the first two, or their own]",
 )
 @click.option(
     "--workers",

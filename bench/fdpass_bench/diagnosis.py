@@ -116,8 +116,7 @@ def _answered(one: Figures) -> str:
     failed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in outcomes.items() if count and name != "ok")
     said = f"All {total} {what} {at} were answered in time" if ok == total else f"{ok} of {total} {what} {at} were answered ({failed})"
     if one.valid:
-        since = "" if work.clients else " from when each was due"
-        return f"{said}: mean {_ms(one.latency['mean'])}, p99 {_ms(one.latency['p99'])}{since}."
+        return f"{said}: mean {_ms(one.latency['mean'])}, p99 {_ms(one.latency['p99'])}."
     median, lag = one.latency.get("p50"), one.parts["lag"].get("p50", 0.0)
     # That the generator was late at one in a hundred says nothing against the median.
     if ok == total and median and lag <= _LAG_SHARE * median:

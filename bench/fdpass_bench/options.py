@@ -286,6 +286,8 @@ def _work(asked: Asked, word: str, workers: int, load: float | None, rate: float
         time_limit=asked.time_limit or 10.0,
         scenario=word,
         gap=_ARRIVAL if few and connections == clients else 0.0,
+        # Of a target nothing is known but its answers, and these are soon: the generator's own lateness would be much of them.
+        since="begun" if asked.targets else "schedule",
     )
 
 

@@ -148,7 +148,8 @@ def _show_study(study: Study, out: Console) -> None:
     if study.figures:
         # Not the table's own title, which would be wrapped at the table's width.
         out.print(_title(study), style="bold")
-        out.print("latency in ms from the schedule to the end of the answer; bound: one queue")
+        since = "its beginning" if study.work.since == "begun" else "the schedule"
+        out.print(f"latency in ms from {since} to the end of the answer; bound: one queue")
         out.print(_latencies(study), "")
         out.print(_costs(study), "")
     if (calibration := study.calibration_json()) is not None:

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import fdpass
 from fdpass_bench import loadgen, measure, peers
@@ -42,6 +42,7 @@ class Work:
     gap: float = 0.0  # of a closed loop: seconds from one client's beginning to the next's, each with one connection; 0: all at once
     case: str | None = None  # of the matrix, and its level
     level: str | None = None
+    since: Literal["schedule", "begun"] = "schedule"  # what latencies count from
 
     @property
     def load(self) -> float | None:
@@ -106,8 +107,8 @@ class Work:
 class Trial:
     """One server under one repeat of the work. Columns have one entry for each request, in the order of the schedule; seconds.
 
-    lag: how late the generator began it; not of a closed loop's opening burst. latency: from the schedule to the end of the answer, None
-        where there was none.
+    lag: how late the generator began it; not of a closed loop's opening burst. latency: from where the work says to the end of the
+        answer, None where there was none.
     connect, queue, service: the parts of the latency after the lag; queue and service only of answers that say when they began.
     other: what of the latency was not waiting for a worker, and occupied: how long it kept its worker from the next connection;
     of our own workers only, one request per connection.
@@ -229,7 +230,8 @@ def _take(trial: Trial, result: loadgen.Result, work: Work, believed: bool) -> N
         # A closed loop begins all its clients at once, and nobody had promised them that instant.
         if begun[row] and (row >= work.clients * requests or row % requests):
             trial.lag.append((begun[row] - scheduled[row]) / 1e9)
-        trial.latency.append(took if outcome == ok else None)
+        late = (begun[row] - scheduled[row]) / 1e9 if work.since == "begun" else 0.0
+        trial.latency.append(took - late if outcome == ok else None)
         if outcome != ok:
             continue
         trial.connect.append((connected[row] - begun[row]) / 1e9)
