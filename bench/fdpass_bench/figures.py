@@ -83,11 +83,6 @@ class Figures:
         """The max/mean that a hash would give the connections of a repeat, expected; None where the workers are somebody else's."""
         return theory.hash_imbalance(self.work.workers, self.work.connections) if self.per_worker else None
 
-    def of_repeats(self, name: str) -> dict[int, float]:
-        """By repeat: one of the figures of `latency`."""
-        each = {trial.repeat: _spread([value for value in _after_warm_up(trial, self.work) if value is not None]) for trial in self.trials}
-        return {repeat: found[name] for repeat, found in each.items() if found}
-
     def per_connection(self, value: str) -> float | None:
         """A trial's figure over its connections: "cpu_seconds", "switches" or "generator_cpu_seconds"."""
         values = [getattr(trial, value) for trial in self.trials]
@@ -427,17 +422,22 @@ class Comparison:
         }
 
 
+_Latencies = list[list[float | None]]
+
+
+def paired(first: Figures, second: Figures) -> tuple[_Latencies, _Latencies]:
+    """The latencies of the repeats that both have, without the first ones of each. An interrupt may have left one a repeat short."""
+    both = [(one, other) for one in first.trials for other in second.trials if one.repeat == other.repeat and one.latency and other.latency]
+    mine, others = ([_after_warm_up(trial, first.work) for trial in trials] for trials in zip(*both, strict=True)) if both else ([], [])
+    return mine, others
+
+
 def comparisons(found: Sequence[Figures]) -> list[Comparison]:
     """One for each pair, in the order given."""
     pairs = []
     for first, second in combinations(found, 2):
-        # An interrupt may have left one of them a repeat short.
-        both = [
-            (one, other) for one in first.trials for other in second.trials if one.repeat == other.repeat and one.latency and other.latency
-        ]
-        mine, others = ([_after_warm_up(trial, first.work) for trial in trials] for trials in zip(*both, strict=True)) if both else ([], [])
         try:
-            pairs.append(Comparison(first, second, estimate.ratio(mine, others)))
+            pairs.append(Comparison(first, second, estimate.ratio(*paired(first, second))))
         except ValueError:
             pairs.append(Comparison(first, second, None))  # nothing was answered by both
     return pairs

@@ -145,7 +145,7 @@ _ALL = (
         "Four cases of traffic by three loads, as in table 3 of Hermes (SIGCOMM 2025): many connections or few kept ones, "
         "cheap or costly requests, at light, medium and heavy load, for its contestants (exclusive, reuseport, load-aware) and "
         "shared, in about eight minutes. Shows which of its rankings hold here: mean and p99 of each, theory where it is known, "
-        "each pair judged by the interval of its ratio. Where each connection is one request, one queue beats split queues.",
+        "means judged by the interval of their ratio. Where each connection is one request, one queue beats split queues.",
         options=("seed", "repeats"),
         strategies="shared:first,reuseport,shared:least-loaded,shared",
     ),
