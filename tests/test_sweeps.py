@@ -307,6 +307,20 @@ def test_a_ranking_that_does_not_hold_is_told_with_the_known_reason() -> None:
     assert second.startswith("many-cheap load-aware < exclusive: ")
 
 
+def test_a_reason_is_given_only_where_it_explains_what_was_found() -> None:
+    # Of many costly requests the paper has exclusive below reuseport, as theory has: that one queue waits less is no reason against it.
+    (said,) = matrix.reasons(matrix.rankings([cell("many-costly", {"shared:first": 60.0, "reuseport": 30.0, "shared:least-loaded": 20.0})]))
+    assert said.startswith("many-costly exclusive < reuseport: theory has one queue wait less than k: perhaps")
+    # Of many cheap ones it has reuseport below: that one queue waits less does not say why the two are alike.
+    (said,) = matrix.reasons(matrix.rankings([cell("many-cheap", {"shared:first": 8.0, "reuseport": 8.0, "shared:least-loaded": 4.0})]))
+    assert said.startswith("many-cheap reuseport < exclusive: theory has one queue wait less than k: perhaps")
+    # Kept and costly: not to pile connections up is no reason to be above a hash.
+    (said,) = matrix.reasons(
+        matrix.rankings([cell("kept-costly", {"shared:first": 60.0, "reuseport": 30.0, "shared:least-loaded": 90.0})])
+    )[:1]
+    assert said.startswith("kept-costly exclusive < reuseport, kept-costly load-aware < reuseport: few connections are open at a time")
+
+
 def test_what_is_invalid_or_missing_never_counts() -> None:
     means = {"shared:first": 30.0, "reuseport": 60.0, "shared:least-loaded": 20.0}
     found = matrix.rankings([cell("many-costly", means, invalid=["reuseport"])])
