@@ -223,6 +223,18 @@ def test_pauses_are_no_lack_of_rate() -> None:
     assert trial.achieved_per_s == pytest.approx(trial.offered_per_s) == pytest.approx(100)
 
 
+def test_kept_connections_that_ask_for_more_than_there_is_have_no_steady_state() -> None:
+    for rate, reasons in (
+        (190.0, []),
+        (210.0, ["overload: the workers are asked for 105% of what they can do, so there is no steady state"]),
+    ):
+        work = steady.Work(workers=4, connections=100, rate=rate, service=0.01, requests=2, think=0.01)
+        trial = steady.Trial("shared", 0, latency=[0.02] * 200, lag=[1e-5], offered_per_s=rate, begun_per_s=rate, achieved_per_s=rate)
+        trial.outcomes["ok"] = 200
+        (one,) = figures.study(work, [Group(Strategy.parse("shared"))], [trial], None).figures
+        assert one.reasons == reasons
+
+
 def test_all_leaves_out_a_peer_where_it_cannot_take_part(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gunicorn")
     asked: list[Campaign] = []
