@@ -227,7 +227,7 @@ def _by_p99(kept: dict[str, Any], one: Figures, other: Figures, below: bool) -> 
 
 
 def verdict(found: Sequence[Ranking]) -> str:
-    """A sentence for each measure, and why what does not hold does not."""
+    """A sentence for each measure, and how surely."""
     parts = []
     for measure in MEASURES:
         here = [one for one in found if one.measure == measure]
@@ -239,7 +239,9 @@ def verdict(found: Sequence[Ranking]) -> str:
         text += "" if measure == "mean" else " (where the same one is lower in nearly every fifth of a repeat)"
         failed = [f"{one.case} {one.lower} < {one.higher}" for one in counts[False]]
         parts.append(text + (f"; not here: {', '.join(failed)}" if failed else "") + ".")
-    return " ".join(parts)
+    return " ".join(
+        [*parts, "Each is judged by itself: of twenty pairs that differ in nothing one would be told by chance."] if parts else []
+    )
 
 
 def reasons(found: Sequence[Ranking]) -> list[str]:
