@@ -242,6 +242,31 @@ def test_too_few_values_have_a_ratio_and_no_interval() -> None:
     assert estimate.verdict_of(found) == "no difference that this run can show"
 
 
+def test_a_tail_is_lower_where_nearly_every_stretch_says_so() -> None:
+    low, high = [1.0] * 20, [1.0] * 19 + [2.0]
+    assert estimate.lower_tail([low * 5, low * 5], [high * 5, high * 5]) is True
+    # Of ten stretches one may be the other way round, and not two; of five all are not enough.
+    assert estimate.lower_tail([high + low * 4, low * 5], [low + high * 4, high * 5]) is True
+    assert estimate.lower_tail([high + low * 4, high + low * 4], [low + high * 4, low + high * 4]) is None
+    assert estimate.lower_tail([high * 5], [low * 5]) is None
+    assert estimate.lower_tail([high * 5] * 2, [low * 5] * 2) is False
+    # What is lost in one counts in neither; what is the same says nothing, and nor does nothing.
+    lost = [None if value == 2 else value for value in high]
+    assert estimate.lower_tail([low * 5] * 2, [lost * 5] * 2) is estimate.lower_tail([], []) is None
+
+
+def test_two_tails_that_differ_in_nothing_are_seldom_told_apart() -> None:
+    chance = random.Random(8)
+    told = 0
+    for _ in range(200):
+        first, second = (
+            [waits([chance.expovariate(0.75) for _ in range(600)], [chance.expovariate(1.0) for _ in range(600)], 60) for _ in range(2)]
+            for _ in range(2)
+        )
+        told += estimate.lower_tail(first, second) is not None
+    assert told / 200 < 0.1
+
+
 def test_a_ratio_is_true_and_closer_than_of_runs_that_have_not_the_same_work() -> None:
     # The same arrivals and the same work, but the first worker is a tenth faster; then compared with the second's next repeat.
     warm_up = 300

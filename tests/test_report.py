@@ -27,6 +27,7 @@ from made_up_runs import (
     matrix,
     pass_file,
     row,
+    scale_out,
     stall,
     steady,
     sweep_of_loads,
@@ -317,6 +318,22 @@ def test_many_pairs_are_summed_up_and_listed_with_their_runs() -> None:
     assert tables.pairs_of(few, few.runs) == []
 
 
+def test_what_is_invalid_is_struck_and_faint_in_every_scenario() -> None:
+    plots = pytest.importorskip("fdpass_bench.plots")
+    bad = {"valid": False, "invalid_reason": "the generator was late"}
+    steps = tables.tables_of_runs([scale_out() | bad, scale_out("dispatch")])[-1]
+    assert steps.title == "Steps: scale-out"
+    assert steps.struck == [0, 1, 2]
+    for draw, one in (
+        (plots.stranded, stall(delayed=9)),
+        (plots.scaling, scale_out()),
+        (lambda runs, _: plots.outcomes(runs), kill(lost=9)),
+    ):
+        for invalid in (False, True):
+            (svg, _) = draw([one | (bad if invalid else {})], {"shared": 0}).svgs
+            assert ("opacity: 0.45" in svg) is invalid
+
+
 def test_rankings_come_first_and_each_has_its_row(page: Any) -> None:
     record = records.record(matrix(), "matrix.json")
     said = tables.headline(record)
@@ -461,6 +478,9 @@ def test_other_work_is_not_compared() -> None:
         compared(balance_file(steady(load=0.7)), balance_file(steady(load=0.9)))
     with pytest.raises(ValueError, match="no run in common"):
         compared(balance_file(steady(), work={"distribution": "fixed"}), balance_file(steady(), work={"distribution": "hyper"}))
+    for make in (steady, kill):
+        with pytest.raises(ValueError, match="no run in common"):
+            compared(balance_file(make("dispatch") | {"credits": 1}), balance_file(make("dispatch") | {"credits": 4}))
 
 
 def test_a_closed_loop_is_the_same_however_many_connections_it_made() -> None:

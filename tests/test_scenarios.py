@@ -306,8 +306,8 @@ def test_the_verdict_counts_reuseport_bare_apart() -> None:
         finished("reuseport-bare", "rolling", failed=7, requests=800),
     ]
     assert report.verdict(runs) == (
-        "In rolls shared failed no request, failed were of dispatch 2 of 900; "
-        "reuseport-bare, whose queues die with their workers, lost 7 of 800."
+        "In rolls shared failed no request; requests failed at dispatch 2 of 900; "
+        "reuseport-bare, whose sockets die with their workers, lost 7 of 800."
     )
 
 
@@ -319,7 +319,9 @@ def test_the_verdict_has_theory_beside_it() -> None:
         "Open connections deviated by shared 2.0 (a random hash 13.7)."
     )
     steps = [{"workers": 1, "share_of_linear": 1.0}, {"workers": 4, "share_of_linear": 0.97}]
-    assert report.verdict([finished("shared", "scale-out", steps=steps)]) == "4 workers reached of 4 times one: shared 97%."
+    assert (
+        report.verdict([finished("shared", "scale-out", steps=steps)]) == "Of 4 times the throughput of one worker 4 reached: shared 97%."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- arguments

@@ -415,6 +415,40 @@ def test_no_advice_where_nothing_is_wrong() -> None:
     assert not any("helps" in text for text in said)
 
 
+def test_what_chance_does_is_not_uneven() -> None:
+    def of(*took: int) -> Seen:
+        return changed(
+            HERD, processes=[Process(pid, "python uvicorn app:app", "waits (epoll)", True, one) for pid, one in enumerate(took)], woken=1.0
+        )
+
+    # Of eight that get five each on average one easily gets eight, though that is 1.6 times as many.
+    for fine in (of(8, 7, 6, 5, 5, 4, 3, 2), of(15, 10, 9, 6)):
+        assert diagnosis.sentences(studied(fine))[-1] == "Nothing was seen that wants mending."
+    for uneven in (of(12, 7, 6, 5, 4, 3, 2, 1), of(20, 10, 6, 4)):
+        assert diagnosis.sentences(studied(uneven))[-1].startswith("What helps: uvicorn --loop")
+
+
+def test_what_had_no_answer_is_not_measured_better_without_a_schedule() -> None:
+    assert "--clients 4 measures them" in " ".join(diagnosis.sentences(studied(HERD, lag=0.1)))
+    assert "--clients" not in " ".join(diagnosis.sentences(studied(HERD, ok=50)))
+
+
+def test_how_many_a_connection_wakes_is_told_where_the_rest_does_not_drown_it() -> None:
+    watch = targets._Watch(HERD.target, [])
+    watch._waiters = {11, 12, 13, 14}
+
+    def woken(with_it: list[int], without: list[int]) -> float | None:
+        return watch._woken(targets._Spaced(woken=with_it, restless=without))
+
+    assert woken([4] * 40, [0] * 40) == 4
+    assert woken([2] * 40, [1] * 40) == pytest.approx(4 / 3)
+    # One of four that wakes by itself now and then is no trouble, four that do so together at every second look are.
+    assert woken([4] * 40, [0, 0, 0, 1] * 10) == pytest.approx(4)
+    assert woken([4] * 40, [0, 4] * 20) is None
+    assert woken([4] * 40, [4] * 40) is None
+    assert woken([4] * 9, [0] * 9) is None
+
+
 def test_split_queues_strand_what_waits_for_a_stalled_one() -> None:
     said = diagnosis.sentences(studied(changed(HERD, sockets=4, woken=1.0)))
     assert said[0] == (

@@ -194,7 +194,14 @@ def _keyed(record: Record) -> dict[tuple[Any, ...], Mapping[str, Any]]:
         )
         rate = run.get("load") or (work.get("rate") if timed else None)
         cell = (run["scenario"], run.get("case"), run.get("level"))
-        key = (*cell, run["strategy"], run.get("workers"), run.get("service_seconds"), run.get("requests_per_connection"))
+        key = (
+            *cell,
+            run["strategy"],
+            run.get("credits"),
+            run.get("workers"),
+            run.get("service_seconds"),
+            run.get("requests_per_connection"),
+        )
         found[*key, _rounded(rate), *given] = run
     return found
 

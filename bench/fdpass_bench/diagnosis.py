@@ -3,6 +3,7 @@ It knows what was seen and what the load showed, and measures nothing."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from fdpass_bench.target import Seen
 
 _KNOWN = 0.8  # of the connections one by one, before it is said who took how many
 _HERD = 1.5  # processes that a connection wakes, from which on it is one too many
-_EVEN = 1.5  # largest share over the mean, below which few connections may fall by chance
+_BY_CHANCE = 0.05  # a share that chance makes as often is not called uneven
 _LEAST_WORK = 0.05  # seconds of processor time, below which shares of it are noise
 _LAG_SHARE = 0.10  # of a figure, that may be the generator's own lateness
 _MOST_NAMED = 8  # processes
@@ -121,7 +122,8 @@ def _answered(one: Figures) -> str:
     # That the generator was late at one in a hundred says nothing against the median.
     if ok == total and median and lag <= _LAG_SHARE * median:
         said += f", half of them within {_ms(median)}"
-    again = "" if work.clients else "; --clients 4 measures them without a schedule"
+    # What had no answer has none without a schedule either.
+    again = "" if work.clients or ok < total else "; --clients 4 measures them without a schedule"
     return f"{said}. Their mean and p99 are INVALID: {_reasons(one)}{again}."
 
 
@@ -160,14 +162,22 @@ def _work(one: Figures, seen: Seen) -> str:
 
 def _advice(one: Figures, seen: Seen) -> str:
     took = _took(seen)
-    uneven = bool(took) and max(took) * len(took) >= _EVEN * sum(took)
     shared = seen.sockets == 1 and seen.waiters > 1
-    if shared and seen.woken is not None and (seen.woken >= _HERD or uneven):
+    if shared and seen.woken is not None and (seen.woken >= _HERD or _uneven(took)):
         return _remedy(seen)
     sound = one.valid and one.outcomes["ok"] == sum(one.outcomes.values()) and not seen.black_holes
     if shared and seen.woken is not None and took and sound:
         return "Nothing was seen that wants mending."
     return ""
+
+
+def _uneven(took: Sequence[int]) -> bool:
+    """Whether one of them took more than chance would give to any: of 40 connections 17 of four workers, 11 of eight."""
+    if not took:
+        return False
+    count, share = sum(took), 1 / len(took)
+    as_many = math.fsum(math.comb(count, most) * share**most * (1 - share) ** (count - most) for most in range(max(took), count + 1))
+    return len(took) * as_many < _BY_CHANCE
 
 
 def _remedy(seen: Seen) -> str:

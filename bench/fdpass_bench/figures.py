@@ -22,6 +22,7 @@ _BUSY_SHARE = 0.95  # of the time that a closed loop's generator may compute bef
 _RATE_SHARE = 0.99  # of the offered rate must be achieved
 _KEPT_SHARE = 0.9  # the same where connections are kept: few of them, of which the last take more or less by chance
 _LOST_SHARE = 0.01  # of the requests may have no answer before the latency of the others says nothing
+_OVERLOAD = "overload: the workers are asked for {:.0%} of what they can do, so there is no steady state"
 _T = TypeVar("_T")
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
 
@@ -84,11 +85,6 @@ class Figures:
         """The max/mean that a hash would give the connections of a repeat, expected; None where the workers are somebody else's."""
         return theory.hash_imbalance(self.work.workers, self.work.connections) if self.per_worker else None
 
-    def of_repeats(self, name: str) -> dict[int, float]:
-        """By repeat: one of the figures of `latency`."""
-        each = {trial.repeat: _spread([value for value in _after_warm_up(trial, self.work) if value is not None]) for trial in self.trials}
-        return {repeat: found[name] for repeat, found in each.items() if found}
-
     def per_connection(self, value: str) -> float | None:
         """A trial's figure over its connections: "cpu_seconds", "switches" or "generator_cpu_seconds"."""
         values = [getattr(trial, value) for trial in self.trials]
@@ -110,6 +106,7 @@ class Figures:
             "strategy": self.name,
             "server": self.server.kind,
             "version": self.server.version,
+            "credits": self.server.credits,
             "scenario": self.work.scenario,
             "case": self.work.case,
             "level": self.work.level,
@@ -244,6 +241,9 @@ def figures_of(server: Server, work: Work, trials: Sequence[Trial], calibration:
     for trial in trials:
         number = f"repeat {trial.repeat + 1}: " if len(trials) > 1 else ""
         found.reasons += [number + reason for reason in _problems(work, trial, calibration)]
+    if work.requests > 1 and work.rate is not None and (work.load or 0.0) >= 1 and server.kind != "target":
+        # The rate of a few kept connections does not tell it, nor does theory, which knows none.
+        found.reasons.append(_OVERLOAD.format(work.load))
     _add_theory(found)
     return found
 
@@ -357,7 +357,7 @@ def _add_theory(found: Figures) -> None:
     if rate is None or load is None or discipline is None or mean <= 0:
         return
     if load >= 1:
-        found.reasons.append(f"overload: the workers are asked for {load:.0%} of what they can do, so there is no steady state")
+        found.reasons.append(_OVERLOAD.format(load))
         return
     found.bound = theory.predict("one queue", work.workers, rate, occupied, other, arrivals=work.arrivals)
     same = discipline == "one queue"
@@ -365,9 +365,9 @@ def _add_theory(found: Figures) -> None:
 
 
 def _ideals(figures: Sequence[Figures]) -> dict[str, theory.Prediction]:
-    """With the workers of the first server that theory knows."""
+    """With the workers of the first server that theory knows and that says something."""
     for one in figures:
-        if one.bound is not None and one.rate is not None:
+        if one.valid and one.bound is not None and one.rate is not None:
             occupied, other = _pooled(one.trials)
             rest: Iterable[str] = (queues for queues in theory.DISCIPLINES if queues != "one queue")
             arrivals = one.work.arrivals
@@ -434,17 +434,22 @@ class Comparison:
         }
 
 
+_Latencies = list[list[float | None]]
+
+
+def paired(first: Figures, second: Figures) -> tuple[_Latencies, _Latencies]:
+    """The latencies of the repeats that both have, without the first ones of each. An interrupt may have left one a repeat short."""
+    both = [(one, other) for one in first.trials for other in second.trials if one.repeat == other.repeat and one.latency and other.latency]
+    mine, others = ([_after_warm_up(trial, first.work) for trial in trials] for trials in zip(*both, strict=True)) if both else ([], [])
+    return mine, others
+
+
 def comparisons(found: Sequence[Figures]) -> list[Comparison]:
     """One for each pair, in the order given."""
     pairs = []
     for first, second in combinations(found, 2):
-        # An interrupt may have left one of them a repeat short.
-        both = [
-            (one, other) for one in first.trials for other in second.trials if one.repeat == other.repeat and one.latency and other.latency
-        ]
-        mine, others = ([_after_warm_up(trial, first.work) for trial in trials] for trials in zip(*both, strict=True)) if both else ([], [])
         try:
-            pairs.append(Comparison(first, second, estimate.ratio(mine, others)))
+            pairs.append(Comparison(first, second, estimate.ratio(*paired(first, second))))
         except ValueError:
             pairs.append(Comparison(first, second, None))  # nothing was answered by both
     return pairs

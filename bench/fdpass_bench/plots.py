@@ -202,6 +202,11 @@ def _name(run: _Run) -> str:
     return str(run["strategy"]) + (" (INVALID)" if run.get("valid") is False else "")
 
 
+def _faint(run: _Run) -> float:
+    """How much ink a run gets."""
+    return 0.45 if run.get("valid") is False else 1.0
+
+
 # -------------------------------------------------------------------------------- latency
 
 
@@ -214,7 +219,9 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int], small: bool
     def place(percentile: float) -> float:
         return -math.log10(max(1 - percentile / 100, 1e-6))
 
-    bound = next((theory for run in drawn if (theory := (run.get("theory") or {}).get("latency_curve"))), None)
+    # Of an INVALID one only where there is no other.
+    known_first = sorted(drawn, key=lambda run: run.get("valid") is False)
+    bound = next((theory for run in known_first if (theory := (run.get("theory") or {}).get("latency_curve"))), None)
 
     def draw(picture: Figure, narrow: bool) -> None:
         axes = picture.subplots()
@@ -225,7 +232,7 @@ def latency_curves(runs: Sequence[_Run], colours: Mapping[str, int], small: bool
             if not points:
                 continue
             furthest = max(furthest, points[-1][0])
-            faint = 0.45 if run.get("valid") is False else 1.0
+            faint = _faint(run)
             axes.plot(
                 *zip(*points, strict=True),
                 color=COLOURS[number],
@@ -530,7 +537,7 @@ def per_worker(runs: Sequence[_Run], colours: Mapping[str, int], what: str = "co
         for run in drawn:
             counts, number = run[key], colours[str(run["strategy"])] % len(COLOURS)
             places = [at + place for place in range(len(counts))]
-            faint = 0.45 if run.get("valid") is False else 1.0
+            faint = _faint(run)
             axes.bar(places, counts, width=0.86, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run), alpha=faint, zorder=2)
             mean = sum(counts) / len(counts)
             axes.plot(
@@ -675,7 +682,9 @@ def outcomes(runs: Sequence[_Run]) -> Plot | None:
             number = _OUTCOME_COLOURS.get(name, 5)
             shares = [100 * run["outcomes"].get(name, 0) / sum(run["outcomes"].values()) for run in drawn]
             hatch = "" if name == "ok" else _HATCHES[1 + names.index(name) % 7]
-            axes.barh(rows, shares, left=left, height=0.62, color=COLOURS[number], hatch=hatch, label=name.replace("_", " "))
+            bars = axes.barh(rows, shares, left=left, height=0.62, color=COLOURS[number], hatch=hatch, label=name.replace("_", " "))
+            for bar, run in zip(bars, drawn, strict=True):
+                bar.set_alpha(_faint(run))
             for row, start, share, run in zip(rows, left, shares, drawn, strict=True):
                 if share > (16 if narrow else 7):
                     axes.text(
@@ -708,7 +717,10 @@ def stranded(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
         axes = picture.subplots()
         for place, run in enumerate(reversed(drawn)):
             number = colours[str(run["strategy"])] % len(COLOURS)
-            axes.barh([place], [100 * run["delayed_share"]], height=0.6, color=COLOURS[number], hatch=_HATCHES[number], label=_name(run))
+            axes.barh(
+                [place], [100 * run["delayed_share"]], height=0.6, color=COLOURS[number], hatch=_HATCHES[number], alpha=_faint(run),
+                label=_name(run),
+            )  # fmt: skip
             axes.annotate(
                 f"{100 * run['delayed_share']:.1f}",
                 (100 * run["delayed_share"], place),
@@ -743,8 +755,12 @@ def scaling(runs: Sequence[_Run], colours: Mapping[str, int]) -> Plot | None:
         for run, steps in drawn:
             number = colours[str(run["strategy"])] % len(COLOURS)
             at = [(step["workers"], step["connections_per_s"]) for step in steps]
-            axes.plot(*zip(*at, strict=True), color=COLOURS[number], marker=_MARKERS[number], linestyle=_DASHES[number], label=_name(run))
-        first = drawn[0][1][0]
+            # No line goes through what is INVALID.
+            axes.plot(
+                *zip(*at, strict=True), color=COLOURS[number], marker=_MARKERS[number], alpha=_faint(run), label=_name(run),
+                linestyle="none" if run.get("valid") is False else _DASHES[number],
+            )  # fmt: skip
+        first = next((steps for run, steps in drawn if run.get("valid") is not False), drawn[0][1])[0]
         ends = [first["workers"], max(step["workers"] for _, steps in drawn for step in steps)]
         each = first["connections_per_s"] / first["workers"]
         axes.plot(ends, [each * count for count in ends], color=_FAINT, linestyle=(0, (1, 1.5)), label="as many times as workers")

@@ -23,7 +23,7 @@ from fdpass_bench.figures import Study
 from fdpass_bench.runs import Run
 from fdpass_bench.scenario_tables import TABLES, and_, named, outcomes_of, scenario_table, words_of
 from fdpass_bench.steady import Trial, Work
-from fdpass_bench.sweep_tables import columns, ms, plain_table
+from fdpass_bench.sweep_tables import broken, columns, ms, plain_table
 
 _TITLES = {
     "idle": "idle: spaced connections to idle workers",
@@ -215,13 +215,14 @@ def _latencies(study: Study) -> Table:
 
 
 def _costs(study: Study) -> Table:
-    table = plain_table()
     kept = study.work.requests > 1
+    table = plain_table(narrow=kept)
     table.add_column("per worker", no_wrap=True)
     if kept:
         table.add_column("requests", no_wrap=True)
     few = study.work.scenario == "few-clients"
-    columns(table, "max/\nmean", "by a\nhash" if few else "Jain", "switches\n/ conn.", "CPU us\n/ conn.")
+    # Two columns of shares leave no room for another index of them.
+    columns(table, "max/\nmean", *(["by a\nhash"] if few else [] if kept else ["Jain"]), "switches\n/ conn.", "CPU us\n/ conn.")
     table.add_column("outcomes", overflow="fold")
     for one in study.figures:
         counts = "requests_of" if kept else "connections_of"
@@ -229,11 +230,11 @@ def _costs(study: Study) -> Table:
         cpu = one.per_connection("cpu_seconds")
         outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in one.outcomes.items() if count or name == "ok")
         table.add_row(
-            one.name + ("" if one.valid else " INVALID"),
+            (broken(one.name) if kept else one.name) + ("" if one.valid else "\nINVALID" if kept else " INVALID"),
             _shares(one.per_worker) or "-",
             *([_shares(one.requests_per_worker) or "-"] if kept else []),
             _figure(one.evenness(counts, estimate.max_over_mean)),
-            _figure(one.by_hash) if few else "-" if jain is None else f"{jain:.3f}",
+            *([_figure(one.by_hash)] if few else [] if kept else ["-" if jain is None else f"{jain:.3f}"]),
             _figure(one.switches_per_connection),
             "-" if cpu is None else f"{cpu * 1e6:.0f}",
             outcomes,

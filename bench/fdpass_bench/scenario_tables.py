@@ -133,7 +133,7 @@ def _rolled(runs: Sequence[Run]) -> str:
     bare = [run for run in runs if run.plan.server.loses_queues]
     parts = [f"in rolls {_lost([run for run in runs if run not in bare])}"] if len(bare) < len(runs) else []
     parts += [
-        f"{'in rolls ' if not parts else ''}{run.plan.server.name}, whose queues die with their workers, lost {_of(run)}" for run in bare
+        f"{'in rolls ' if not parts else ''}{run.plan.server.name}, whose sockets die with their workers, lost {_of(run)}" for run in bare
     ]
     return "; ".join(parts)
 
@@ -142,7 +142,7 @@ def _lost(runs: Sequence[Run]) -> str:
     kept = [run.plan.server.name for run in runs if not run.figures["failed"]]
     lost = [f"{run.plan.server.name} {_of(run)}" for run in runs if run.figures["failed"]]
     parts = [f"{and_(kept)} failed no request"] if kept else []
-    return ", ".join([*parts, *([f"failed were of {and_(lost)}"] if lost else [])])
+    return "; ".join([*parts, *([f"requests failed at {and_(lost)}"] if lost else [])])
 
 
 def _of(run: Run) -> str:
@@ -156,7 +156,8 @@ def _lay(runs: Sequence[Run]) -> str:
 
 def _scaled(runs: Sequence[Run]) -> str:
     each = [f"{run.plan.server.name} {_percent(run.figures['steps'][-1]['share_of_linear'])}" for run in runs]
-    return f"{runs[0].plan.workers} workers reached of {runs[0].plan.workers} times one: {', '.join(each)}"
+    count = runs[0].plan.workers
+    return f"of {count} times the throughput of one worker {count} reached: {', '.join(each)}"
 
 
 def and_(words: Sequence[str]) -> str:

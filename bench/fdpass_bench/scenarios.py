@@ -77,7 +77,7 @@ _ALL = (
         "single",
         "All workers are replaced by group.roll(), --rolls times, while --clients work in a closed loop. Shows what a "
         "deployment costs: requests that failed and how, seconds for each roll. With one queue, and with queues that outlive "
-        "their workers, none fails; with reuseport-bare what waits at a worker dies with it.",
+        "their workers, none fails; with reuseport-bare what is shaking hands when a socket closes fails.",
         options=("rolls", "clients", "seed", "peers"),
         service=0.002,
     ),
@@ -104,8 +104,8 @@ _ALL = (
         "loop",
         "An open loop: connections arrive at a rate whatever the server does, each with its own service time. Shows what "
         "waiting a way of sharing costs: mean and percentiles of the latency with confidence intervals, queueing theory beside "
-        "them, a verdict for each pair. At load 0.7 with four workers split queues wait about six times as long as one queue "
-        "does, and answer 2.4 times as late.",
+        "them, a verdict for each pair. At load 0.7 with four workers split queues wait 6.5 times as long as one queue "
+        "does, and answer 2.5 times as late.",
         options=(*_OPEN, *_LOOP),
     ),
     Scenario(
@@ -145,7 +145,7 @@ _ALL = (
         "Four cases of traffic by three loads, as in table 3 of Hermes (SIGCOMM 2025): many connections or few kept ones, "
         "cheap or costly requests, at light, medium and heavy load, for its contestants (exclusive, reuseport, load-aware) and "
         "shared, in about eight minutes. Shows which of its rankings hold here: mean and p99 of each, theory where it is known, "
-        "each pair judged by the interval of its ratio. Where each connection is one request, one queue beats split queues.",
+        "means judged by the interval of their ratio. Where each connection is one request, one queue beats split queues.",
         options=("seed", "repeats"),
         strategies="shared:first,reuseport,shared:least-loaded,shared",
     ),

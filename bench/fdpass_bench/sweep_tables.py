@@ -13,6 +13,7 @@ from fdpass_bench.figures import Figures, Study
 from fdpass_bench.steady import Work
 
 _MOST_COLUMNS = 8  # beside the server's name
+_NARROW = 14  # characters of a name, in a table with much beside it
 
 #: What a sweep may go by, and how a column is headed. A load that was asked for is told from the rate that follows from it.
 _BY: dict[str, tuple[Callable[[Work], float | None], Callable[[float], str]]] = {
@@ -22,13 +23,19 @@ _BY: dict[str, tuple[Callable[[Work], float | None], Callable[[float], str]]] = 
 }
 
 
-def plain_table() -> Table:
-    """Empty, with the server's column."""
+def plain_table(narrow: bool = False) -> Table:
+    """Empty, with the server's column; a `narrow` one is for names that were broken()."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.padding = (0, 0)
     table.pad_edge = False
-    table.add_column("server", overflow="fold", min_width=18)
+    table.add_column("server", overflow="fold", min_width=_NARROW if narrow else 18)
     return table
+
+
+def broken(name: str) -> str:
+    """A server's name in lines that fit a narrow table: behind a colon or a hyphen, where it is too long for one."""
+    at = max(name.rfind(mark, 0, _NARROW) for mark in ":-") + 1
+    return name if len(name) <= _NARROW or not at else f"{name[:at]}\n{broken(name[at:])}"
 
 
 def columns(table: Table, *names: str) -> None:
@@ -98,22 +105,24 @@ def cases(studies: Sequence[Study]) -> Iterator[tuple[str, Table]]:
         kept = f"{case.requests} requests of {each} on each connection" if case.kept else f"one request of {each} per connection"
         work = here[0].work
         title = f"{name}: {kept}, {_workers(work.workers)}, {work.repeats} repeat{'s' if work.repeats > 1 else ''}"
-        table = plain_table()
+        table = plain_table(narrow=True)
         for study in here:
-            columns(table, f" {study.work.level}\nmean", " \n p99", " \n/ theory")
+            # Of kept connections there is no theory.
+            columns(table, f"{study.work.level}\nmean", " \n p99", *([] if case.kept else ["over\ntheory"]))
         for server in dict.fromkeys(one.name for study in here for one in study.figures):
             cells = []
             for study in here:
-                cells += _of_level(next((one for one in study.figures if one.name == server), None))
-            table.add_row(server, *cells)
+                cells += _of_level(next((one for one in study.figures if one.name == server), None), case.kept)
+            table.add_row(broken(server), *cells)
         yield title, table
 
 
-def _of_level(one: Figures | None) -> list[str]:
+def _of_level(one: Figures | None, kept: bool) -> list[str]:
     if one is None or not one.valid:
-        return ["-" if one is None else "INVALID", "-", "-"]
+        return ["-" if one is None else "INVALID", "-", *([] if kept else ["-"])]
+    cells = [ms(one.latency.get(name)) for name in ("mean", "p99")]
     theory = one.prediction.mean if one.prediction else None
-    return [f"{ms(one.latency.get(name))}" for name in ("mean", "p99")] + ["-" if theory is None else f"{one.latency['mean'] / theory:.2f}"]
+    return cells if kept else [*cells, "-" if theory is None else f"{one.latency['mean'] / theory:.2f}"]
 
 
 def rankings(found: Sequence[matrix.Ranking]) -> Table:

@@ -25,7 +25,7 @@ WHAT = {
 #: Of stall, rolling and long-lived.
 _BEYOND = {
     "arrived_while_frozen": "arrived while frozen",
-    "delayed": "of these delayed",
+    "delayed": "delayed over 0.5 s",
     "delayed_share": "share delayed",
     "delayed_share_split": "share that split queues delay (1/k)",
     "longest_ms": "longest ms",
@@ -184,12 +184,13 @@ def _beyond(runs: Sequence[Mapping[str, Any]]) -> Table | None:
 
 def _steps(runs: Sequence[Mapping[str, Any]]) -> Table | None:
     """Of `scale-out`: what each number of workers did."""
+    steps = [(run, step) for run in runs for step in run.get("steps") or []]
     rows = [
         [_named(run), str(step.get("workers", "-")), figure(step.get("connections_per_s")), _percent(step.get("share_of_linear"))]
-        for run in runs
-        for step in run.get("steps") or []
+        for run, step in steps
     ]
-    return Table(f"Steps: {runs[0]['scenario']}", ["server", "workers", "connections / s", "share of linear"], rows) if rows else None
+    columns, struck = ["server", "workers", "connections / s", "share of linear"], _struck([run for run, _ in steps])
+    return Table(f"Steps: {runs[0]['scenario']}", columns, rows, struck=struck) if rows else None
 
 
 def _any(value: Any) -> str:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import stdev
 from typing import Any
 
 import psutil
@@ -27,7 +28,7 @@ _GAP = 0.005  # seconds in which whoever a connection wakes has run
 _REST = 0.003  # seconds after a connection until its end is over too
 _WINDOW = 0.5  # seconds to see who waits
 _FEW = 10  # connections, from which nothing follows
-_UNSURE = 0.25  # processes: the standard error of how many a connection wakes
+_UNSURE, _UNSURE_SHARE = 0.25, 0.1  # processes, or of how many a connection wakes: the standard error of that
 _MOST_PROCESSES = 256  # that are looked at for each connection
 _MOST_PORTS = 8  # of a sentence
 
@@ -307,9 +308,14 @@ class _Watch:
         if count < _FEW or not waiters:
             return None
         woken, restless = (sum(counts) / count / waiters for counts in (spaced.woken, spaced.restless))
-        error = math.sqrt(2 * waiters * restless * (1 - restless) / count)
+        if restless == 1:
+            return None
         # One that would have woken anyway may have been woken by the connection as well.
-        return waiters * (woken - restless) / (1 - restless) if restless < 1 and error < _UNSURE else None
+        found = waiters * (woken - restless) / (1 - restless)
+        # Those that tick may tick together: what differs from one connection to the next has that in it.
+        added = [with_it - without for with_it, without in zip(spaced.woken, spaced.restless, strict=True)]
+        error = stdev(added) / math.sqrt(count) / (1 - restless)
+        return found if error < max(_UNSURE, _UNSURE_SHARE * found) else None
 
 
 def _holds(member: Member, pid: int) -> bool:
