@@ -21,9 +21,9 @@ import fdpass
 from fdpass_bench import contenders, diagnosis, estimate, matrix, measure, price, sweep_tables
 from fdpass_bench.figures import Study
 from fdpass_bench.runs import Run
-from fdpass_bench.scenario_tables import TABLES, and_, named, outcomes_of, scenario_table, words_of
+from fdpass_bench.scenario_tables import TABLES, and_, broken, named, outcomes_of, scenario_table, words_of
 from fdpass_bench.steady import Trial, Work
-from fdpass_bench.sweep_tables import broken, columns, ms, plain_table
+from fdpass_bench.sweep_tables import columns, ms, plain_table
 
 _TITLES = {
     "idle": "idle: spaced connections to idle workers",

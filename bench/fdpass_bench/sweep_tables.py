@@ -10,10 +10,10 @@ from rich.table import Table
 
 from fdpass_bench import matrix
 from fdpass_bench.figures import Figures, Study
+from fdpass_bench.scenario_tables import NAME_WIDTH, broken
 from fdpass_bench.steady import Work
 
 _MOST_COLUMNS = 8  # beside the server's name
-_NARROW = 14  # characters of a name, in a table with much beside it
 
 #: What a sweep may go by, and how a column is headed. A load that was asked for is told from the rate that follows from it.
 _BY: dict[str, tuple[Callable[[Work], float | None], Callable[[float], str]]] = {
@@ -28,14 +28,8 @@ def plain_table(narrow: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.padding = (0, 0)
     table.pad_edge = False
-    table.add_column("server", overflow="fold", min_width=_NARROW if narrow else 18)
+    table.add_column("server", overflow="fold", min_width=NAME_WIDTH if narrow else 18)
     return table
-
-
-def broken(name: str) -> str:
-    """A server's name in lines that fit a narrow table: behind a colon or a hyphen, where it is too long for one."""
-    at = max(name.rfind(mark, 0, _NARROW) for mark in ":-") + 1
-    return name if len(name) <= _NARROW or not at else f"{name[:at]}\n{broken(name[at:])}"
 
 
 def columns(table: Table, *names: str) -> None:
