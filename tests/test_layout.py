@@ -206,6 +206,14 @@ def test_the_page_shows_the_same_floors():
     assert shown == {name: number for name, number in FLOOR.items() if name.partition(".")[0] == "fdpass"}
 
 
+def test_the_page_shows_every_file_of_the_command():
+    page = PACKAGE.parent / "docs" / "internals.md"
+    if not page.exists():
+        pytest.skip("the documentation is not beside the tests")
+    text = page.read_text().partition("\nbench/fdpass_bench/")[2].partition("\nfdpass/\n")[0]
+    assert sorted(re.findall(r"\w+\.py", text)) == sorted(file.name for file in BENCH.glob("*.py") if not file.name.startswith("__"))
+
+
 # -------------------------------------------------------------------------------------------------------------- importing
 
 WATCH = """

@@ -440,8 +440,7 @@ _Latencies = list[list[float | None]]
 def paired(first: Figures, second: Figures) -> tuple[_Latencies, _Latencies]:
     """The latencies of the repeats that both have, without the first ones of each. An interrupt may have left one a repeat short."""
     both = [(one, other) for one in first.trials for other in second.trials if one.repeat == other.repeat and one.latency and other.latency]
-    mine, others = ([_after_warm_up(trial, first.work) for trial in trials] for trials in zip(*both, strict=True)) if both else ([], [])
-    return mine, others
+    return [_after_warm_up(one, first.work) for one, _ in both], [_after_warm_up(other, first.work) for _, other in both]
 
 
 def comparisons(found: Sequence[Figures]) -> list[Comparison]:
