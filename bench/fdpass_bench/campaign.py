@@ -161,18 +161,21 @@ class Campaign:
     def take(self, result: Result, seconds: float) -> str | None:
         """What the next step gave, and the seconds that it took; the line that says so, of a run."""
         step = self.steps[self.done]
-        self.done += 1
-        self.seconds += seconds
+        line = None
         if isinstance(result, Run):
             self.runs.append(result)
-            return report.line_of(result)
-        assert not isinstance(step, Playing)
-        if isinstance(step, Calibrating):
+            line = report.line_of(result)
+        elif isinstance(step, Calibrating):
             for loop in step.loops:
                 loop.calibration = result
-            return None
-        step.loop.trials.append(result)
-        return report.line_of_trial(result, step.loop.work)
+        else:
+            assert isinstance(step, Trying)
+            step.loop.trials.append(result)
+            line = report.line_of_trial(result, step.loop.work)
+        # An interrupt may come at any line: a step that counts as done is among the figures.
+        self.seconds += seconds
+        self.done += 1
+        return line
 
     def measure(self, progress: Progress, keep: Callable[[Step, Result, float], None] | None = None) -> None:
         """The steps that are not done yet. `keep` gets each, what it gave and the seconds it took, before anything else is made of it."""
