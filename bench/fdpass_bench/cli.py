@@ -105,7 +105,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
             found = list(dict.fromkeys(number for part in str(value).split(",") for number in self._of(part)))
         except (ArithmeticError, ValueError):
             found = []
-        if not found or len(found) > options.MOST_TOGETHER or not all(self._low <= number <= self._high for number in found):
+        if not found or len(found) > options.MOST_TOGETHER:
             form = f"numbers from {self._low:g} to {self._high:g}, {options.MOST_TOGETHER} at most, such as {self._example}"
             self.fail(f"{value!r} is not what it takes: {form}", param, ctx)
         return found
@@ -117,6 +117,9 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
         if not all(number.is_finite() for number in (first, last, step)) or step <= 0 or (last - first) / step > options.MOST_TOGETHER:
             raise ValueError(part)
         while first <= last:
+            # Its size first: int() of a number with a billion digits would not come back.
+            if not self._low <= float(first) <= self._high:
+                raise ValueError(part)
             number = self._kind(first)
             if number != first and self._kind is int:
                 raise ValueError(part)
