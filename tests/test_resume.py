@@ -20,12 +20,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
-from fdpass_bench import cli, report
+from fdpass_bench import cli, report, screens
 from fdpass_bench.balance import Plan, Run
 from fdpass_bench.campaign import Campaign, Steady
-from fdpass_bench.checkpoint import _FORMS, Checkpoint, CheckpointError
-from fdpass_bench.loadgen import OUTCOMES
+from fdpass_bench.checkpoint import _FORMS, Checkpoint, CheckpointError, _asked
+from fdpass_bench.loadgen import OUTCOMES, NullServer
 from fdpass_bench.progress import Estimate, about
 from fdpass_bench.steady import Trial, Work
 from fdpass_bench.strategy import Strategy
@@ -459,6 +460,37 @@ def test_another_plan_is_another_study(tmp_path: Path) -> None:
         restored(path, campaign(Server("shared"), Server("reuseport", "2")))
     with pytest.raises(CheckpointError, match=r"begun with fdpass reuseport 1, and its arguments now mean nothing"):
         restored(path, campaign(Server("shared")))
+
+
+@pytest.mark.parametrize("word", ["steady", "all"])
+def test_the_rate_that_was_chosen_for_a_target_is_kept(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """Whatever it would be when the target is looked at again."""
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def note(of: Campaign, *files: str | None) -> int:
+        asked.append((_asked(of), click.get_current_context().meta[screens.ARGUMENTS]))
+        return 0
+
+    monkeypatch.setattr(cli, "_measure", note)
+    with NullServer() as server:
+        assert cli.main(["balance", "--scenario", word, "--target", "{}:{}".format(*server.address)]) == 0
+        assert cli.main(["balance", *asked[0][1]]) == 0
+    assert asked[1] == asked[0]
+    assert "--rate" in asked[0][1]
+
+
+def test_an_interrupt_leaves_no_step_that_is_done_and_not_among_the_figures() -> None:
+    class Interrupting(list[Trial]):
+        def append(self, one: Trial) -> None:
+            raise KeyboardInterrupt
+
+    of = campaign()
+    of.loops[0].trials = Interrupting()
+    calibration, trial = trials(2)
+    of.take(calibration, 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        of.take(trial, 1.0)
+    assert (of.done, of.seconds, of.over) == (1, 1.0, 0)
 
 
 def test_resume_stands_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,7 @@ def test_every_option_that_belongs_to_a_scenario_is_one_of_the_command() -> None
         ("0.2:0.7:0.2", [0.2, 0.4, 0.6]),
         ("0.7", [0.7]),
         ("0.7:0.7:0.1", [0.7]),
+        ("0.01,0.99", [0.01, 0.99]),
     ],
 )
 def test_a_list_of_loads(text: str, expected: list[float]) -> None:
@@ -102,7 +103,10 @@ def test_a_list_of_workers() -> None:
         (["--workers", "1,2.5"], "from 1 to 64"),
         (["--workers", ""], "such as 4, 1,2,4,8"),
         (["--workers", "1:65:1"], "from 1 to 64"),
+        (["--workers", "1e99999999999"], "from 1 to 64"),
+        (["--scenario", "all", "--connections", "20001"], "idle makes at most 20000 connections"),
         (["--rate", "0"], "from 0.1"),
+        (["--load", "1e99999999999"], "from 0.01 to 0.99"),
         (["--workers", "1:64:1", "--load", "0.1,0.2"], "128 combinations: one command measures 100 at most"),
         (["--target", "127.0.0.1:1", "--rate", "5", "--workers", "1,2"], "--workers have no meaning with --target"),
         (["--scenario", "few-clients", "--rate", "5"], "--rate belongs to --scenario steady, heavy-tail or keep-alive"),
@@ -256,6 +260,16 @@ def test_all_leaves_out_a_peer_where_it_cannot_take_part(monkeypatch: pytest.Mon
     ]
     with_it = [plan.scenario for plan in asked[0].plans if plan.server.name == "gunicorn"]
     assert with_it == [word for word in scenarios.SINGLES if word != "long-lived"]
+
+
+def test_all_measures_a_loop_once_that_takes_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Campaign] = []
+    monkeypatch.setattr(cli, "_measure", lambda campaign, *files: asked.append(campaign) or 0)
+    assert cli.main(["balance", "--scenario", "all", "--rate", "100,200"]) == 0
+    assert [(loop.work.scenario, loop.work.rate) for loop in asked[0].loops] == [
+        *(("steady", 100), ("steady", 200), ("heavy-tail", 100), ("heavy-tail", 200)),
+        *(("few-clients", None), ("keep-alive", 100), ("keep-alive", 200)),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- the matrix

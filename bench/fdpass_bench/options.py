@@ -104,8 +104,9 @@ def _seed(asked: Asked) -> int:
 
 def _refuse(asked: Asked, words: Sequence[str], singles: Sequence[str]) -> None:
     """What does not go together, whatever else is asked for. Raises click.UsageError."""
-    if asked.connections is not None and not asked.everything:
-        if (name := next((name for name in singles if not scenarios.CATALOGUE[name].connections), None)) is not None:
+    if asked.connections is not None:
+        name = next((name for name in singles if not scenarios.CATALOGUE[name].connections), None)
+        if name is not None and not asked.everything:
             raise click.UsageError(f"--connections has no meaning in {name}, which makes as many as its rate or its clients do")
         # A burst is one of several; a loop has room for more.
         most = _MOST_CLIENTS // (asked.bursts or 1) if singles else 1_000_000
@@ -211,6 +212,8 @@ def _loops(asked: Asked, words: Sequence[str]) -> list[Steady]:
     loads, rates = ([*several] if several else [None] for several in (asked.load, asked.rate))
     for word, count, load, rate in itertools.product(words, asked.workers, loads, rates):
         work = _work(asked, word, count, load, rate)
+        if any(work == one.work for one in found):
+            continue  # in `all`, a loop that takes no rate is the same at each
         for target in asked.targets:
             try:
                 work.load_of(TargetServer(target).serving, 0)
@@ -331,7 +334,8 @@ def with_targets(asked: Asked, campaign: Campaign) -> tuple[Campaign, list[str]]
         if asked.rate is None and not work.clients:
             rate = min(one.modest_rate for one in seen.values())
             work = dataclasses.replace(work, rate=rate, connections=asked.connections or _enough(rate, True))
-            more = ["--rate", repr(rate), "--connections", str(work.connections)]
+            # Their number follows from it; of `all`, a number given would be that of every other scenario too.
+            more = ["--rate", repr(rate)]
             slowest = max(one.mean for one in seen.values()) * 1000
             seconds = work.repeats * work.connections / rate
             print(
