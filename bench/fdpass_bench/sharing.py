@@ -175,7 +175,7 @@ class _Scene:
             next_kill = max(next_kill, time.monotonic())
             self._pump(min(next_kill, self.deadline))
         if not self.run.queued_at_kills:
-            raise Unmeasurable("all connections had ended before the first kill was due: more connections, or a longer --service")
+            raise Unmeasurable("all connections had ended before the first kill was due: more connections, or a longer --service-ms")
         for client in self.clients.all:
             # The greeting and the kernel's table are two witnesses of one fact.
             if client.outcome not in (None, "ok") and client.index is not None and client.port not in self.accepted_by_victims:
@@ -183,7 +183,10 @@ class _Scene:
 
     def _kill_worker(self, index: int) -> int:
         """The pid of the worker that was killed."""
-        pid = self.serving.pids()[index]
+        pids = self.serving.pids()
+        if index >= len(pids):
+            raise Unmeasurable(f"worker {index} was to be killed, and only {len(pids)} workers are there")
+        pid = pids[index]
         try:
             # Stopped, the victim can accept nothing more: what it holds now is exactly what dies with it.
             measure.stop(pid)

@@ -207,7 +207,7 @@ def _load(
             cpu_of = {pid: measure.cpu_seconds(pid) - before for pid, before in cpu.items()}
             trial.switches = switches.total() - idle_rate * trial.seconds
             trial.cpu_of, trial.cpu_seconds = cpu_of, sum(cpu_of.values()) or None
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             # Somebody else's server may replace its workers as it likes: what they cost is then unknown, and nothing else.
             if believed:
                 gone = len(pids) - len(measure.alive(pids))
