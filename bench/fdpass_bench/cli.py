@@ -302,7 +302,7 @@ def balance(ctx: click.Context, /, **params: Any) -> int:
     Scenarios; --list says of each what it does and shows:
       idle burst kill stall rolling long-lived scale-out
       steady heavy-tail few-clients keep-alive   loops: a load, latencies, theory
-      matrix                                     published rankings, in 8 minutes
+      matrix                                     published rankings, in 7 minutes
 
     Several loads, rates or numbers of workers (0.5,0.8 or 0.3:0.9:0.1) are measured each by itself.
 
@@ -555,7 +555,6 @@ def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = 
         except KeyboardInterrupt:
             interrupted = signals.seen[0] if signals.seen else signal.SIGINT
         studies = campaign.studies
-        report.show(campaign.runs, studies, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
         seconds = before + time.time() - began
         environment = report.environment(began, bool(interrupted), seconds)
         if kept is not None:
@@ -569,6 +568,8 @@ def _measure(campaign: Campaign, json_file: str | None, html_file: str | None = 
         except (click.ClickException, CheckpointError) as error:
             trouble = str(error)
             print(f"fdpass-bench: {trouble}{_and_on(campaign, kept)}.", file=sys.stderr)
+        # After what is written: whoever reads the tables may have gone.
+        report.show(campaign.runs, studies, sys.stderr if "-" in (json_file, html_file) else sys.stdout)
         interrupted = interrupted or (signals.seen[0] if signals.seen else 0)
         if interrupted:
             written = [] if trouble or not campaign.over else [file for file in (json_file, html_file) if file not in (None, "-")]

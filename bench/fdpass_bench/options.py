@@ -208,7 +208,7 @@ def _loops(asked: Asked, words: Sequence[str]) -> list[Steady]:
     from fdpass_bench.campaign import Steady
     from fdpass_bench.servers import TargetServer
 
-    found = []
+    found: list[Steady] = []
     loads, rates = ([*several] if several else [None] for several in (asked.load, asked.rate))
     for word, count, load, rate in itertools.product(words, asked.workers, loads, rates):
         work = _work(asked, word, count, load, rate)

@@ -144,7 +144,7 @@ _ALL = (
         "matrix",
         "Four cases of traffic by three loads, as in table 3 of Hermes (SIGCOMM 2025): many connections or few kept ones, "
         "cheap or costly requests, at light, medium and heavy load, for its contestants (exclusive, reuseport, load-aware) and "
-        "shared, in about eight minutes. Shows which of its rankings hold here: mean and p99 of each, theory where it is known, "
+        "shared, in about seven minutes. Shows which of its rankings hold here: mean and p99 of each, theory where it is known, "
         "means judged by the interval of their ratio. Where each connection is one request, one queue beats split queues.",
         options=("seed", "repeats"),
         strategies="shared:first,reuseport,shared:least-loaded,shared",
@@ -154,7 +154,7 @@ _ALL = (
 CATALOGUE: Mapping[str, Scenario] = {one.word: one for one in _ALL}
 #: Those of the demonstration, and of `balance` without any option that belongs to one.
 FIRST = ("idle", "burst", "kill")
-#: What `all` stands for: the matrix takes its eight minutes only when it is asked for.
+#: What `all` stands for: the matrix takes its seven minutes only when it is asked for.
 EVERY = tuple(one.word for one in _ALL if one.kind != "matrix")
 SINGLES = tuple(one.word for one in _ALL if one.kind == "single")
 LOOPS = tuple(one.word for one in _ALL if one.kind == "loop")
