@@ -109,6 +109,7 @@ def test_a_list_of_workers() -> None:
         (["--load", "1e99999999999"], "from 0.01 to 0.99"),
         (["--workers", "1:64:1", "--load", "0.1,0.2"], "128 combinations: one command measures 100 at most"),
         (["--target", "127.0.0.1:1", "--rate", "5", "--workers", "1,2"], "--workers have no meaning with --target"),
+        (["--target", "127.0.0.1:1", "--rate", "5", "--workers", "2"], "--workers have no meaning with --target"),
         (["--scenario", "few-clients", "--rate", "5"], "--rate belongs to --scenario steady, heavy-tail or keep-alive"),
         (["--scenario", "few-clients", "--load", "0.5", "--think-ms", "5"], "--load and --think-ms exclude each other"),
         (["--scenario", "few-clients", "--clients", "2", "--load", "0.7"], "2 clients cannot ask 4 workers for a load of 0.7: 0.5 at most"),

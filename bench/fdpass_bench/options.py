@@ -116,8 +116,10 @@ def _refuse(asked: Asked, words: Sequence[str], singles: Sequence[str]) -> None:
         raise click.UsageError("--credits belongs to the strategy dispatch, which is not among --strategies")
     if (together := len(asked.workers) * len(asked.load or [1]) * len(asked.rate or [1])) > MOST_TOGETHER:
         raise click.UsageError(f"--workers, --load and --rate make {together} combinations: one command measures {MOST_TOGETHER} at most")
-    if asked.targets and len(asked.workers) > 1:
-        raise click.UsageError("several --workers have no meaning with --target, whose workers are somebody else's")
+    alone = asked.targets and not asked.peers and "strategies" not in asked.given and not asked.everything
+    if asked.targets and (len(asked.workers) > 1 or (alone and "workers" in asked.given)):
+        several = "several " if len(asked.workers) > 1 else ""
+        raise click.UsageError(f"{several}--workers have no meaning with --target, whose workers are somebody else's")
     if asked.service_ms == 0 and "stall" in singles:
         raise click.UsageError("with --service-ms 0 there is no half load for stall to be at")
     if asked.service_ms is not None and words == ["long-lived"]:

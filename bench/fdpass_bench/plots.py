@@ -103,7 +103,7 @@ def _plot(
                 figsize=(_NARROW if narrow else _WIDE, (narrow_height or height * 0.95) if narrow else height), layout="constrained"
             )
             draw(drawn, narrow)
-            text = _wrapped(title, 42 if narrow else 84)
+            text = _wrapped(title, 42 if narrow else 72)
             drawn.suptitle(text, x=0.01, ha="left", fontsize=11 if narrow else 12, fontweight="bold")
             written = io.StringIO()
             drawn.savefig(written, format="svg", transparent=True, metadata={"Date": None})
