@@ -18,6 +18,15 @@ from fdpass_bench.tables import Table, command_of, environment, headline, tables
 
 _MOST_INVALID = 6  # that are named at once
 _SHORT = 20  # letters of a name that a terminal does not break
+#: Columns of a terminal, where their whole names would be broken inside words.
+_BRIEFLY = {
+    "95 % interval ms": "(95%)",
+    "lost, accepted": "lost, taken",
+    "of one-queue bound": "of bound",
+    "connections per worker": "per worker",
+    "switches / connection": "switches / conn.",
+    "CPU us / connection": "CPU us / conn.",
+}
 #: What of a run is no single figure.
 _NOT_IN_CSV = {"series", "latency_curve", "events", "per_worker", "requests_per_worker", "work"}
 
@@ -144,6 +153,7 @@ def _rich(table: Table) -> RichTable:
     found = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     for place, name in enumerate(table.columns):
         words = place == 0 or place in table.words
+        name = _BRIEFLY.get(name, name)
         heading = name if words else name.replace(" ", "\n", 1)
         short = place == 0 and max((len(row[0]) for row in table.rows), default=0) <= _SHORT
         found.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=short)
