@@ -21,7 +21,6 @@ _SHORT = 20  # letters of a name that a terminal does not break
 #: Columns of a terminal, where their whole names would be broken inside words.
 _BRIEFLY = {
     "95 % interval ms": "(95%)",
-    "lost, accepted": "lost, taken",
     "of one-queue bound": "of bound",
     "connections per worker": "per worker",
     "switches / connection": "switches / conn.",
@@ -156,7 +155,8 @@ def _rich(table: Table) -> RichTable:
         name = _BRIEFLY.get(name, name)
         heading = name if words else name.replace(" ", "\n", 1)
         short = place == 0 and max((len(row[0]) for row in table.rows), default=0) <= _SHORT
-        found.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=short)
+        whole = short or name.startswith("lost")
+        found.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=whole)
     for place, row in enumerate(table.rows):
         cells = [Text(cell, style="dim" if (place, column) in table.struck_cells else "") for column, cell in enumerate(row)]
         found.add_row(*cells, style="dim" if place in table.struck else "")
