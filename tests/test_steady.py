@@ -488,7 +488,7 @@ def test_repeats_are_in_the_order_abba() -> None:
         (["--rate", "nan"], "nan"),
         (["--target", "tcp://127.0.0.1:1", "--rate", "5", "--requests-per-connection", "2"], "tcp"),
         (["--connections", "1000000", "--requests-per-connection", "100"], "5000000"),
-        (["--scenario", "all", "--service-ms", "0"], "--rate"),
+        (["--scenario", "all", "--service-ms", "0"], "no half load for stall"),
         (["--target", "https://127.0.0.1:1", "--rate", "5"], "TLS"),
         (["--peer", "apache"], "'apache'; there are nginx, nginx-reuseport, nginx-accept-mutex, uvicorn"),
         (["--think-ms", "5"], "--think-ms needs --requests-per-connection"),
