@@ -194,12 +194,10 @@ def test_stock_workers_wake_together_and_ours_one_at_a_time(tmp_path: Path) -> N
     woken = {}
     for loop in ("asyncio", "fdpass.aio:new_event_loop"):
         with uvicorn(tmp_path, "--loop", loop, workers=4) as (port, _):
-            seen = targets.look(Target.parse(str(port)), 20.0)
-            woken[loop] = seen.woken
-    stock, ours = woken.values()
-    assert stock is not None
-    assert ours is not None
-    assert stock > ours
+            # Beside other programs a look may say that it does not know: then another one is taken.
+            looks = (targets.look(Target.parse(str(port)), 20.0).woken for _ in range(10))
+            woken[loop] = next(known for known in looks if known is not None)
+    assert woken["asyncio"] > woken["fdpass.aio:new_event_loop"]
 
 
 def test_one_process(tmp_path: Path) -> None:
