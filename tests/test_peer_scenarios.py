@@ -35,6 +35,9 @@ def installed(name: str) -> str:
     try:
         PEERS[name](Order(1, True, "sleep", False, 1))
     except PeerError as error:
+        # The others are Python packages, which the tests install: one that is missing is a failure.
+        if not name.startswith(("nginx", "node")):
+            raise
         pytest.skip(str(error))
     return name
 
